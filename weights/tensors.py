@@ -1,0 +1,185 @@
+"""Safetensors in and out: one file or an index of shards, renamed by a table, checked in both directions.
+
+A table has a row for every module of a checkpoint: {their path: our path}, `{}` for a number, None for tensors
+that are known and not needed. Whatever a table does not name is an error, never a guess.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Names = dict[str, str | None]
+
+
+class Report(NamedTuple):
+    """What was loaded into one module."""
+
+    part: str
+    tensors: int
+    parameters: int
+    stored: str
+    dtype: torch.dtype
+    gigabytes: float
+    seconds: float
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.part:<13} {self.tensors:>5} tensors {self.parameters:>14,} parameters  "
+            f"{self.stored} -> {dtype}  {self.gigabytes:6.2f} GB  {self.seconds:5.1f} s"
+        )
+
+
+class Checkpoint:
+    """The tensors of one folder, read lazily by memory map.
+
+    Raises FileNotFoundError for a missing folder, index or shard and ValueError for a damaged one, before any
+    tensor is read.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.files = {path: _open(path) for path in _shards(self.folder)}
+        self.where = {name: file for file in self.files.values() for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.where[name].get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.where[name].get_slice(name).get_shape())
+
+    def dtypes(self) -> str:
+        """Stored dtypes, as the file headers call them."""
+        return "/".join(sorted({file.get_slice(name).get_dtype() for name, file in self.where.items()}))
+
+
+def _shards(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected one part of a checkpoint in the diffusers layout")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        single = sorted(folder.glob("*.safetensors"))
+        if len(single) != 1:
+            raise FileNotFoundError(
+                f"{folder}: found {len(single)} .safetensors files and no index; expected one file, or shards with "
+                "their *.safetensors.index.json. Download the folder again."
+            )
+        return single
+    names = sorted(set(read_json(indices[0], "weight_map").values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder / missing[0]}: missing, one of {len(missing)} of {len(names)} shards that {indices[0].name} "
+            "lists. Download it again."
+        )
+    return [folder / name for name in names]
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}). Download it again.") from error
+
+
+def read_json(path: Path, field: str | None = None) -> dict:
+    """The object in a JSON file, or one field of it. Errors name file and field."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; a checkpoint in the diffusers layout has one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from error
+    if not isinstance(content, dict) or (field is not None and field not in content):
+        raise ValueError(f"{path}: expected a JSON object" + (f" with the field {field!r}" if field else ""))
+    return content if field is None else content[field]
+
+
+def rename(key: str, names: Names) -> str | None:
+    """Their tensor name -> ours, None if the table ignores it. KeyError if no row fits."""
+    module, _, leaf = key.rpartition(".")
+    for theirs, ours in names.items():
+        match = re.fullmatch(re.escape(theirs).replace(r"\{\}", r"(\d+)"), module)
+        if match:
+            return None if ours is None else f"{ours.format(*match.groups())}.{leaf}"
+    raise KeyError(key)
+
+
+def reverse(names: Names) -> Names:
+    """The table for writing: {our path: their path}."""
+    return {ours: theirs for theirs, ours in names.items() if ours is not None}
+
+
+def plan(module: nn.Module, names: Names, checkpoint: Checkpoint) -> dict[str, str]:
+    """{our parameter: their tensor}, after every name and shape was compared in both directions."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    found, unknown, wrong = {}, [], []
+    for key in checkpoint.where:
+        try:
+            ours = rename(key, names)
+        except KeyError:
+            unknown.append(key)
+            continue
+        if ours is None:
+            continue
+        if ours not in shapes:
+            unknown.append(key)
+        elif shapes[ours] != checkpoint.shape(key):
+            wrong.append(f"{key} has shape {list(checkpoint.shape(key))}, expected {list(shapes[ours])}")
+        found[ours] = key
+    missing = sorted(shapes.keys() - found.keys())
+    for problem, items in (("unknown tensors", unknown), ("wrong shapes", wrong), ("missing tensors", missing)):
+        if items:
+            raise ValueError(
+                f"{checkpoint.folder}: {len(items)} {problem}: {_first(items)}. The files do not fit config.json "
+                "beside them: another model's, or only part of it."
+            )
+    return found
+
+
+def _first(items: Iterable[str], n: int = 3) -> str:
+    items = list(items)
+    return "; ".join(items[:n]) + (f"; and {len(items) - n} more" if len(items) > n else "")
+
+
+def load_into(module: nn.Module, names: Names, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Report:
+    """Give a module on the meta device its parameters, frozen, one tensor at a time."""
+    start = time.perf_counter()
+    checkpoint = Checkpoint(folder)
+    size = count = 0
+    for ours, theirs in plan(module, names, checkpoint).items():
+        owner, _, leaf = ours.rpartition(".")
+        tensor = checkpoint[theirs].to(device=device, dtype=dtype)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        size += tensor.nbytes
+        count += tensor.numel()
+    seconds = time.perf_counter() - start
+    tensors = len(checkpoint.where)
+    return Report(Path(folder).name, tensors, count, checkpoint.dtypes(), dtype, size / 1e9, seconds)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file whole or not at all: a temporary file, flushed to disk, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_module(module: nn.Module, names: Names, path: Path, dtype: torch.dtype) -> None:
+    """Write a module's parameters under their names."""
+    table = reverse(names)
+    tensors = {rename(name, table): parameter.to(dtype) for name, parameter in module.named_parameters()}
+    save_tensors(path, tensors, {"format": "pt"})
