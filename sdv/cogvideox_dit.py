@@ -1,4 +1,4 @@
-"""The CogVideoX-5B transformer: text, reference and video in one sequence, full attention among all of them."""
+"""The CogVideoX-5B transformer: text, reference and video in one sequence, full attention among them all."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class CogVideoXConfig:
 
 
 class Attention(nn.Module):
-    """Joint self-attention; q and k get a LayerNorm per head, then visual tokens are turned by their position."""
+    """Joint self-attention; q and k get a LayerNorm per head, then visual tokens turn by their position."""
 
     def __init__(self, cfg: CogVideoXConfig):
         super().__init__()
@@ -47,7 +47,10 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(cfg.head_dim, eps=1e-6)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, N, L, K)
+            for project in (self.q, self.k, self.v)
+        )
         q = kernels.layernorm_rope(q, self.norm_q.weight, self.norm_q.bias, *rope, self.norm_q.eps)
         k = kernels.layernorm_rope(k, self.norm_k.weight, self.norm_k.bias, *rope, self.norm_k.eps)
         x = kernels.attention(q, k, v)                                    # (B, N, L, K)
@@ -55,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated by t with one set of numbers for text and one for pictures."""
+    """Attention and feed-forward, modulated by t with one set of numbers for text and one for pictures."""
 
     def __init__(self, cfg: CogVideoXConfig):
         super().__init__()
@@ -71,7 +74,9 @@ class Block(nn.Module):
         """Shift, scale, gate, each (B, 2, D): text, then pictures. Stored the other way round."""
         return linear(time).unflatten(-1, (2, 3, -1)).flip(1).unbind(2)
 
-    def forward(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], segments: tuple[int, int]) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], segments: tuple[int, int]
+    ) -> Tensor:
         shift1, scale1, gate1 = self.modulation(self.mod1, time)          # (B, 2, D)
         shift2, scale2, gate2 = self.modulation(self.mod2, time)          # (B, 2, D)
         norm1, norm2 = self.norm1, self.norm2
@@ -84,10 +89,11 @@ class Block(nn.Module):
 
 
 class CogVideoXDiT(nn.Module):
-    """Predicts the velocity of a noisy latent video, looking at a text and, if given, at one clean reference."""
+    """Predicts the velocity of a noisy latent video from a text and, if given, one clean reference frame."""
 
     # Where the paper's LoRA goes: 8 places in a block, and both input projections.
-    lora_targets = ("patch_in", "text_in", "mod1", "mod2", "attn.q", "attn.k", "attn.v", "attn.out", "ff.up", "ff.down")
+    lora_targets = ("patch_in", "text_in", "mod1", "mod2")
+    lora_targets += ("attn.q", "attn.k", "attn.v", "attn.out", "ff.up", "ff.down")
 
     def __init__(self, cfg: CogVideoXConfig):
         super().__init__()
@@ -102,6 +108,14 @@ class CogVideoXDiT(nn.Module):
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.checkpoint_every = 0  # recompute every n-th block in backward; 0: keep all activations
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    def token_count(self, video: Tensor) -> int:
+        """Tokens that a latent video or reference (B, C, T, H, W) becomes."""
+        return video[0, 0].numel() // self.cfg.patch**2
+
     def forward(
         self, video: Tensor, t: Tensor, text: Tensor, ref: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
@@ -115,8 +129,8 @@ class CogVideoXDiT(nn.Module):
         x = patchify(self.patch_in, visual)                               # (B, T' h w, D)
         rope = self.rope(*grid, video.device)                             # (T' h w, K / 2)
         if ref is not None and keep is not None:
-            ref_tokens = grid[1] * grid[2]
-            kept = torch.cat([keep, torch.arange(ref_tokens, x.shape[1], device=keep.device)])
+            keep = keep.to(x.device)
+            kept = torch.cat([keep, torch.arange(self.token_count(ref), x.shape[1], device=x.device)])
             x, rope = x[:, kept], (rope[0][kept], rope[1][kept])
         segments = (text.shape[1], x.shape[1])
         x = torch.cat([self.text_in(text), x], dim=1)                     # (B, L, D): text | ref | video
@@ -128,8 +142,8 @@ class CogVideoXDiT(nn.Module):
             else:
                 x = block(x, time, rope, segments)
 
-        video_tokens = video.shape[2] * grid[1] * grid[2]
-        return self.output(x[:, -video_tokens:], time, (video.shape[2], *grid[1:]))
+        x = x[:, -self.token_count(video) :]                              # (B, T h w, D): video only
+        return self.output(x, time, (video.shape[2], *grid[1:]))          # (B, C, T, H, W)
 
     def output(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Video tokens (B, T h w, D) -> (B, C, T, H, W)."""
@@ -139,9 +153,10 @@ class CogVideoXDiT(nn.Module):
         return unpatchify(self.proj_out(x), grid, self.cfg.patch)
 
     def rope(self, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin (T * h * w, K // 2): a frame's index in time, and its grid stretched over the trained one."""
+        """cos, sin (T * h * w, K // 2): a frame's index in time, its grid stretched over the trained one."""
         cfg = self.cfg
-        vertical, horizontal = centred_grid(rows, columns, cfg.base_height // cfg.patch, cfg.base_width // cfg.patch)
+        base = cfg.base_height // cfg.patch, cfg.base_width // cfg.patch
+        vertical, horizontal = centred_grid((rows, columns), base)
         spatial = cfg.head_dim // 8 * 3
         return rope_table(
             torch.arange(frames, device=device),

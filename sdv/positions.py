@@ -25,8 +25,10 @@ def rope_angles(positions: Tensor, channels: int) -> Tensor:
     return torch.outer(positions.double(), THETA**-exponents)
 
 
-def rope_table(frames: Tensor, rows: Tensor, columns: Tensor, split: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Positions on the three axes -> cos, sin (T * H * W, K // 2) in fp32; split: channels of K for each axis."""
+def rope_table(
+    frames: Tensor, rows: Tensor, columns: Tensor, split: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Positions on three axes -> cos, sin (T * H * W, K // 2) in fp32; split: channels of K for each axis."""
     shape = (len(frames), len(rows), len(columns), -1)
     angles = torch.cat(
         [
@@ -39,11 +41,12 @@ def rope_table(frames: Tensor, rows: Tensor, columns: Tensor, split: tuple[int, 
     return angles.cos().float(), angles.sin().float()
 
 
-def centred_grid(height: int, width: int, base_height: int, base_width: int) -> tuple[tuple[int, int], ...]:
+def centred_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Fit a grid of (height, width) patches into the base grid, keeping its shape and centring it.
 
     Returns (start, stop) for rows and for columns: other sizes reuse the positions the model was trained on.
     """
+    (height, width), (base_height, base_width) = grid, base
     if height / width > base_height / base_width:
         size = base_height, round(base_height / height * width)
     else:

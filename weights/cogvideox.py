@@ -1,4 +1,4 @@
-"""CogVideoX checkpoints in the diffusers layout: what their configs mean and what their tensors are called."""
+"""CogVideoX checkpoints in the diffusers layout: what their configs mean, what their tensors are called."""
 
 from sdv.cogvideox_dit import CogVideoXConfig
 from weights.tensors import Names
@@ -27,7 +27,7 @@ DIT_NAMES: Names = {
 # What the family members that are not supported look like in transformer/config.json, and why they are not.
 DIT_REFUSED = (
     ("patch_size_t", None, "CogVideoX 1.5 patches time as well, and lays out its positions another way"),
-    ("use_rotary_positional_embeddings", True, "CogVideoX-2B has sine-cosine positions instead of rotary ones"),
+    ("use_rotary_positional_embeddings", True, "CogVideoX-2B has sine-cosine positions, not rotary ones"),
     ("use_learned_positional_embeddings", False, "the image-to-video model has learned positions"),
     ("ofs_embed_dim", None, "the 1.5 image-to-video model has an extra time embedding"),
 )
@@ -46,18 +46,18 @@ DIT_FIXED = {
 
 
 def dit_config(json: dict) -> CogVideoXConfig:
-    """transformer/config.json -> CogVideoXConfig. ValueError, with the reason, for a model that is not supported."""
+    """transformer/config.json -> CogVideoXConfig. ValueError, with the reason, if it is not supported."""
     for field, wanted, reason in DIT_REFUSED:
-        default = False if field == "use_rotary_positional_embeddings" else wanted
-        if json.get(field, default) != wanted:
-            raise ValueError(f"{field} = {json.get(field, default)!r}: {reason}; supported: CogVideoX-5B text-to-video")
+        found = json.get(field, False if field == "use_rotary_positional_embeddings" else wanted)
+        if found != wanted:
+            raise ValueError(f"{field} = {found!r}: {reason}; supported: CogVideoX-5B text-to-video")
     for field, wanted in DIT_FIXED.items():
         if json.get(field, wanted) != wanted:
             raise ValueError(f"{field} = {json[field]!r}; supported: {wanted!r}, as in CogVideoX-5B")
     if json.get("in_channels", 16) != json.get("out_channels", 16):
         raise ValueError(
-            f"in_channels = {json['in_channels']} but out_channels = {json['out_channels']}: the image-to-video model "
-            "takes an image beside the noise; the method starts from the text-to-video model"
+            f"in_channels = {json['in_channels']}, out_channels = {json['out_channels']}: the image-to-video "
+            "model takes an image beside the noise; the method starts from the text-to-video model"
         )
     return CogVideoXConfig(
         layers=json.get("num_layers", 30),

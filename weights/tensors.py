@@ -1,7 +1,7 @@
 """Safetensors in and out: one file or an index of shards, renamed by a table, checked in both directions.
 
-A table has a row for every module of a checkpoint: {their path: our path}, `{}` for a number, None for tensors
-that are known and not needed. Whatever a table does not name is an error, never a guess.
+A table has a row for every module of a checkpoint: {their path: our path}, `{}` for a number, None for
+tensors that are known and not needed. Whatever a table does not name is an error, never a guess.
 """
 
 import json
@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Names = dict[str, str | None]
+
+# What diffusers and transformers call the weights of a part.
+STEMS = ("diffusion_pytorch_model", "model")
 
 
 class Report(NamedTuple):
@@ -64,22 +67,22 @@ class Checkpoint:
 
 def _shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected one part of a checkpoint in the diffusers layout")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        single = sorted(folder.glob("*.safetensors"))
-        if len(single) != 1:
-            raise FileNotFoundError(
-                f"{folder}: found {len(single)} .safetensors files and no index; expected one file, or shards with "
-                "their *.safetensors.index.json. Download the folder again."
-            )
-        return single
-    names = sorted(set(read_json(indices[0], "weight_map").values()))
+        raise FileNotFoundError(f"{folder}: no such folder; a checkpoint in the diffusers layout has one")
+    stem = next((stem for stem in STEMS if list(folder.glob(f"{stem}.safetensors*"))), None)
+    if stem is None:
+        raise FileNotFoundError(
+            f"{folder}: found neither {STEMS[0]}.safetensors nor {STEMS[1]}.safetensors, nor an index of "
+            "shards. Download the folder again."
+        )
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return [folder / f"{stem}.safetensors"]
+    names = sorted(set(read_json(index, "weight_map").values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder / missing[0]}: missing, one of {len(missing)} of {len(names)} shards that {indices[0].name} "
-            "lists. Download it again."
+            f"{folder / missing[0]}: missing, with {len(missing) - 1} more of the {len(names)} shards that "
+            f"{index.name} lists. Download the missing files again."
         )
     return [folder / name for name in names]
 
@@ -137,11 +140,12 @@ def plan(module: nn.Module, names: Names, checkpoint: Checkpoint) -> dict[str, s
             wrong.append(f"{key} has shape {list(checkpoint.shape(key))}, expected {list(shapes[ours])}")
         found[ours] = key
     missing = sorted(shapes.keys() - found.keys())
-    for problem, items in (("unknown tensors", unknown), ("wrong shapes", wrong), ("missing tensors", missing)):
+    problems = {"unknown tensors": unknown, "wrong shapes": wrong, "missing tensors": missing}
+    for problem, items in problems.items():
         if items:
             raise ValueError(
-                f"{checkpoint.folder}: {len(items)} {problem}: {_first(items)}. The files do not fit config.json "
-                "beside them: another model's, or only part of it."
+                f"{checkpoint.folder}: {len(items)} {problem}: {_first(items)}. The files do not fit the "
+                "config.json beside them: another model's, or only part of it."
             )
     return found
 
@@ -151,7 +155,9 @@ def _first(items: Iterable[str], n: int = 3) -> str:
     return "; ".join(items[:n]) + (f"; and {len(items) - n} more" if len(items) > n else "")
 
 
-def load_into(module: nn.Module, names: Names, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Report:
+def load_into(
+    module: nn.Module, names: Names, folder: Path, device: str | torch.device, dtype: torch.dtype
+) -> Report:
     """Give a module on the meta device its parameters, frozen, one tensor at a time."""
     start = time.perf_counter()
     checkpoint = Checkpoint(folder)
@@ -172,7 +178,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, metadata)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,0 +1,115 @@
+"""LoRA for Linear and Conv2d: W x + (alpha / rank) B A x, with W frozen and shared, B = 0 at the start.
+
+A and B stay in fp32 and are cast to the input's dtype where they are used: an AdamW step of 5e-5 is smaller
+than the spacing of bf16 numbers around a typical entry of A, so it would be rounded away.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRA(nn.Module):
+    """A frozen layer and its low-rank update; holds the very weight and bias of the layer it replaces."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.alpha, self.dropout, self.merged = rank, alpha, dropout, False
+        out_features, *fan_in = base.weight.shape  # a convolution's A has its kernel, its B is 1 x 1
+        ones = [1] * (len(fan_in) - 1)
+        self.lora_A = nn.Parameter(torch.empty(rank, *fan_in, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, *ones, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """The update of the weight, in fp32."""
+        product = self.lora_B.float().flatten(1) @ self.lora_A.float().flatten(1)
+        return self.scale * product.view(self.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.apply_weight(x, self.weight, self.bias)
+        if self.merged:
+            return out
+        low = self.apply_weight(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return torch.add(out, self.widen(low, self.lora_B.to(x.dtype)), alpha=self.scale)
+
+
+class LoRALinear(LoRA):
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def widen(self, low: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(low, weight)
+
+
+class LoRAConv2d(LoRA):
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__(base, rank, alpha, dropout)
+        self.stride, self.padding = base.stride, base.padding
+
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
+
+    def widen(self, low: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(low, weight)
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...], dropout: float = 0.0
+) -> dict[str, LoRA]:
+    """Freeze the model and replace every Linear and Conv2d whose path ends with one of the targets.
+
+    Returns {path: module} in the model's order. ValueError for a target that fits nothing.
+    """
+    model.requires_grad_(False)
+    unused = set(targets)
+    for path, layer in list(model.named_modules()):
+        target = next((target for target in targets if f".{path}".endswith(f".{target}")), None)
+        if target is None or not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        owner, _, leaf = path.rpartition(".")
+        kind = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
+        setattr(model.get_submodule(owner), leaf, kind(layer, rank, alpha, dropout))
+        unused.discard(target)
+    if unused:
+        raise ValueError(f"LoRA targets that fit no Linear or Conv2d of it: {', '.join(sorted(unused))}")
+    return lora_modules(model)
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoRA]:
+    """{path: module} in the model's order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{path.lora_A or path.lora_B: parameter} in the model's order: the trainable set."""
+    return {
+        f"{path}.{leaf}": getattr(module, leaf)
+        for path, module in lora_modules(model).items()
+        for leaf in ("lora_A", "lora_B")
+    }
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every update into the shared weights, so that sampling costs what the base model costs."""
+    for module in lora_modules(model).values():
+        if not module.merged:
+            module.weight.copy_(module.weight.float() + module.delta())
+            module.merged = True
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Take the updates out again; what remains is the base up to the rounding of its dtype."""
+    for module in lora_modules(model).values():
+        if module.merged:
+            module.weight.copy_(module.weight.float() - module.delta())
+            module.merged = False
