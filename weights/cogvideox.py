@@ -1,6 +1,8 @@
 """CogVideoX checkpoints in the diffusers layout: what their configs mean, what their tensors are called."""
 
 from sdv.cogvideox_dit import CogVideoXConfig
+from sdv.schedule import VPrediction
+from sdv.text import T5Config
 from weights.tensors import Names
 
 # ---------------------------------------------------------------------------------------- transformer
@@ -79,6 +81,71 @@ def dit_config(json: dict) -> CogVideoXConfig:
 
 
 # ------------------------------------------------------------------------------------- text encoder
+T5_NAMES: Names = {
+    "shared": "embed",
+    "encoder.embed_tokens": None,  # the same table again
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "bias.table",
+    "encoder.block.{}.layer.0.layer_norm": "blocks.{}.norm1",
+    "encoder.block.{}.layer.0.SelfAttention.q": "blocks.{}.attn.q",
+    "encoder.block.{}.layer.0.SelfAttention.k": "blocks.{}.attn.k",
+    "encoder.block.{}.layer.0.SelfAttention.v": "blocks.{}.attn.v",
+    "encoder.block.{}.layer.0.SelfAttention.o": "blocks.{}.attn.out",
+    "encoder.block.{}.layer.1.layer_norm": "blocks.{}.norm2",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_0": "blocks.{}.ff.gate",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_1": "blocks.{}.ff.up",
+    "encoder.block.{}.layer.1.DenseReluDense.wo": "blocks.{}.ff.down",
+    "encoder.final_layer_norm": "norm",
+}
+
+
+def t5_config(json: dict) -> T5Config:
+    """text_encoder/config.json -> T5Config. ValueError for any text encoder but T5 v1.1."""
+    if json.get("model_type", "t5") != "t5":
+        raise ValueError(f"model_type = {json['model_type']!r}; CogVideoX reads text with 't5'")
+    if json.get("feed_forward_proj", "relu") != "gated-gelu":
+        raise ValueError(
+            f"feed_forward_proj = {json.get('feed_forward_proj', 'relu')!r}: the first T5, without a gate; "
+            "supported: 'gated-gelu', which is T5 v1.1"
+        )
+    return T5Config(
+        vocab=json.get("vocab_size", 32128),
+        dim=json.get("d_model", 512),
+        layers=json.get("num_layers", 6),
+        heads=json.get("num_heads", 8),
+        head_dim=json.get("d_kv", 64),
+        hidden=json.get("d_ff", 2048),
+        buckets=json.get("relative_attention_num_buckets", 32),
+        max_distance=json.get("relative_attention_max_distance", 128),
+        eps=json.get("layer_norm_epsilon", 1e-6),
+    )
 
 
 # ------------------------------------------------------------------------------------------ schedule
+SAMPLER_OF = {"CogVideoXDDIMScheduler": "ddim", "CogVideoXDPMScheduler": "dpm"}
+
+# (field, the library's default, the supported value, what another value means)
+SCHEDULE_FIXED = (
+    ("prediction_type", "epsilon", "v_prediction", "the network would predict something else than velocity"),
+    ("timestep_spacing", "leading", "trailing", "sampling would not start from pure noise"),
+    ("beta_schedule", "scaled_linear", "scaled_linear", "another noise schedule"),
+    ("trained_betas", None, None, "a noise schedule of its own"),
+    ("set_alpha_to_one", True, True, "sampling would stop before the last noise is gone"),
+)
+
+
+def schedule_from(json: dict) -> VPrediction:
+    """scheduler/scheduler_config.json -> the noise process. ValueError, with the reason, for another one."""
+    name = json.get("_class_name")
+    if name not in SAMPLER_OF:
+        raise ValueError(f"_class_name = {name!r}: not CogVideoX's; supported: {', '.join(SAMPLER_OF)}")
+    for field, default, wanted, reason in SCHEDULE_FIXED:
+        if json.get(field, default) != wanted:
+            raise ValueError(f"{field} = {json.get(field, default)!r}: {reason}; supported: {wanted!r}")
+    return VPrediction(
+        train_steps=json.get("num_train_timesteps", 1000),
+        beta_start=json.get("beta_start", 0.00085),
+        beta_end=json.get("beta_end", 0.012),
+        zero_snr=json.get("rescale_betas_zero_snr", False),
+        snr_shift_scale=json.get("snr_shift_scale", 3.0),
+        default_sampler=SAMPLER_OF[name],
+    )
