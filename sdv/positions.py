@@ -57,5 +57,5 @@ def centred_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[in
 
 
 def spread(start: int, stop: int, n: int, device: torch.device) -> Tensor:
-    """n positions from start towards stop, stop excluded."""
-    return start + (stop - start) * torch.arange(n, dtype=torch.float64, device=device) / n
+    """n positions from start to stop * (n - 1) / n: stop excluded, as the released model was trained."""
+    return torch.linspace(start, stop * (n - 1) / n, n, dtype=torch.float64, device=device)

@@ -1,12 +1,78 @@
-"""Public checkpoints in and out: folders in the diffusers layout, and LoRA adapters."""
+"""Public checkpoints in and out: folders in the diffusers layout, and LoRA adapters.
 
+    backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
+    load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sdv.cogvideox_dit import CogVideoXDiT
+from sdv.schedule import VPrediction
 from weights import adapter, cogvideox
-from weights.tensors import Names
+from weights.layout import Layout
+from weights.tensors import Names, load_into, save_module
+
+PARTS = ("dit", "vae", "text")
+
+
+@dataclass
+class Backbone:
+    """A pretrained model; parts that were not asked for are None."""
+
+    layout: Layout
+    dit: nn.Module | None = None
+    vae: nn.Module | None = None
+    text: nn.Module | None = None
+
+    @property
+    def schedule(self) -> VPrediction:
+        return self.layout.schedule
+
+
+def open_backbone(path: str | Path) -> Layout:
+    """Read the configs of a checkpoint folder, without its weights. ValueError for what is not supported."""
+    return cogvideox.read_layout(Path(path))
+
+
+def load_backbone(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    parts: Sequence[str] = PARTS,
+    log: Callable[[str], None] = print,
+) -> Backbone:
+    """Load parts of a checkpoint folder, frozen, tensor by tensor straight to their device and dtype.
+
+    dtype is bf16 or fp32. Missing, damaged, unknown or misshapen tensors raise one error that names them.
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype {dtype}: use bf16 or fp32; the activations of these models overflow fp16")
+    backbone = Backbone(open_backbone(path))
+    for name in parts:
+        part = backbone.layout.parts[name]
+        with torch.device("meta"):
+            module = part.build()
+        folder = backbone.layout.path / part.folder
+        log(str(load_into(module.get_submodule(part.root), part.names, folder, device, dtype)))
+        setattr(backbone, name, module.eval())
+    return backbone
+
+
+def save_backbone(backbone: Backbone, path: str | Path, dtype: torch.dtype) -> None:
+    """Write a whole backbone as a folder that load_backbone, and diffusers, read."""
+    layout, path = backbone.layout, Path(path)
+    for file in layout.files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(layout.path / file, path / file)
+    for name, part in layout.parts.items():
+        module = getattr(backbone, name).get_submodule(part.root)
+        save_module(module, part.names, path / part.folder / part.file, dtype)
 
 
 def names_of(dit: nn.Module) -> Names:
@@ -14,11 +80,14 @@ def names_of(dit: nn.Module) -> Names:
     return {CogVideoXDiT: cogvideox.DIT_NAMES}[type(dit)]
 
 
-def load_adapter(dit: nn.Module, path: Path, alpha: float | None = None) -> str:
-    """Add the LoRA in a file to a model; returns what was read and at what scale. See weights.adapter."""
-    return adapter.load_adapter(dit, path, names_of(dit), alpha)
+def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -> str:
+    """Add the LoRA in a file to a model; returns what was read and at what scale.
+
+    alpha overrides the file's; ValueError if neither says it: it is never guessed.
+    """
+    return adapter.load_adapter(dit, Path(path), names_of(dit), alpha)
 
 
-def save_adapter(dit: nn.Module, path: Path) -> None:
-    """Write a model's LoRA so that diffusers reads it too. See weights.adapter."""
-    adapter.save_adapter(dit, path, names_of(dit))
+def save_adapter(dit: nn.Module, path: str | Path) -> None:
+    """Write a model's LoRA so that diffusers reads it too, at the right strength."""
+    adapter.save_adapter(dit, Path(path), names_of(dit))

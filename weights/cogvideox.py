@@ -1,9 +1,14 @@
 """CogVideoX checkpoints in the diffusers layout: what their configs mean, what their tensors are called."""
 
-from sdv.cogvideox_dit import CogVideoXConfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from sdv.schedule import VPrediction
-from sdv.text import T5Config
-from weights.tensors import Names
+from sdv.text import T5Config, T5Encoder, TextEncoder, Tokenizer
+from weights.layout import Layout, Part
+from weights.tensors import Names, read_json
 
 # ---------------------------------------------------------------------------------------- transformer
 DIT_NAMES: Names = {
@@ -149,3 +154,57 @@ def schedule_from(json: dict) -> VPrediction:
         snr_shift_scale=json.get("snr_shift_scale", 3.0),
         default_sampler=SAMPLER_OF[name],
     )
+
+
+# ------------------------------------------------------------------------------------------- the folder
+TOKENIZER = "tokenizer/spiece.model"
+CONFIGS = {
+    "dit": "transformer/config.json",
+    "vae": "vae/config.json",
+    "text": "text_encoder/config.json",
+    "schedule": "scheduler/scheduler_config.json",
+}
+
+
+def read_layout(path: Path) -> Layout:
+    """Everything that the configs of a folder say. ValueError, with file and reason, for what is not supported."""
+    dit = _config(path, "dit", dit_config)
+    vae = _config(path, "vae", vae_config)
+    text = _config(path, "text", t5_config)
+    tokenizer = Tokenizer(path / TOKENIZER, dit.text_tokens)
+    weights_file = "diffusion_pytorch_model.safetensors"
+    return Layout(
+        path=path,
+        parts={
+            "dit": Part("transformer", weights_file, DIT_NAMES, lambda: CogVideoXDiT(dit)),
+            "vae": Part("vae", weights_file, VAE_NAMES, lambda: CogVideoXVAE(vae)),
+            "text": Part(
+                "text_encoder",
+                "model.safetensors",
+                T5_NAMES,
+                lambda: TextEncoder(tokenizer, T5Encoder(text)),
+                root="encoder",
+            ),
+        },
+        schedule=_config(path, "schedule", schedule_from),
+        files=(*CONFIGS.values(), *(str(f.relative_to(path)) for f in path.glob("tokenizer/*")), "model_index.json"),
+        frames=dit.base_frames,
+        height=dit.base_height * vae.spatial_ratio,
+        width=dit.base_width * vae.spatial_ratio,
+        fps=8.0,
+        guidance=6.0,
+        spatial_ratio=vae.spatial_ratio,
+        temporal_ratio=vae.temporal_ratio,
+        channels=dit.channels,
+        patch=dit.patch,
+        text_tokens=dit.text_tokens,
+    )
+
+
+def _config(path: Path, part: str, convert: Callable[[dict], Any]) -> Any:
+    file = path / CONFIGS[part]
+    content = read_json(file)
+    try:
+        return convert(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

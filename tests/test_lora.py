@@ -1,0 +1,152 @@
+"""LoRA beside peft, and adapters that go to stock diffusers and come back."""
+
+import json
+
+import pytest
+import torch
+from conftest import load_dit, random_inputs, relative_error, stock_predict
+from safetensors import safe_open
+
+import weights
+from sdv.lora import add_lora, lora_modules, lora_parameters, merge, unmerge
+from sdv.objectives import Pair, denoising_loss
+from sdv.schedule import VPrediction
+
+# The paper's nine suffixes, in the names of the public checkpoint.
+SUFFIXES = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
+
+
+def with_random_lora(folder, rank=4, alpha=2.0):
+    dit = load_dit(folder)
+    add_lora(dit, rank, alpha, dit.lora_targets)
+    torch.manual_seed(5)
+    for parameter in lora_parameters(dit).values():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    return dit
+
+
+@torch.no_grad()
+def test_our_adapter_in_stock_diffusers_gives_the_same_prediction(stock_dit, tmp_path):
+    pytest.importorskip("peft")
+    stock, folder = stock_dit
+    dit, inputs = with_random_lora(folder), random_inputs()
+    base = stock_predict(stock, *inputs)
+    weights.save_adapter(dit, tmp_path / "out" / "adapter.safetensors")
+    from diffusers import CogVideoXPipeline
+
+    state, metadata = CogVideoXPipeline.lora_state_dict(
+        tmp_path / "out", weight_name="adapter.safetensors", return_lora_metadata=True
+    )
+    CogVideoXPipeline.load_lora_into_transformer(state, stock, metadata=metadata)
+    wanted = dit(*inputs)
+    assert relative_error(stock_predict(stock, *inputs), wanted) <= 1e-5
+    assert relative_error(base, wanted) > 1e-2
+
+
+@torch.no_grad()
+def test_an_adapter_that_diffusers_wrote_gives_the_same_prediction(stock_dit, tmp_path):
+    peft = pytest.importorskip("peft")
+    from diffusers import CogVideoXPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+
+    stock, folder = stock_dit
+    stock.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=SUFFIXES, init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(stock)
+    metadata = _collate_lora_metadata({"transformer": stock})
+    CogVideoXPipeline.save_lora_weights(tmp_path / "out", transformer_lora_layers=layers, **metadata)
+    dit, inputs = load_dit(folder), random_inputs()
+    line = weights.load_adapter(dit, tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert "alpha 2 (from the file), scale 0.5" in line
+    assert relative_error(dit(*inputs), stock_predict(stock, *inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 3], ids=["identity", "motion"])
+def test_loss_and_lora_gradients_of_a_step_equal_diffusers_and_peft(stock_dit, tmp_path, frames):
+    peft = pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    stock, folder = stock_dit
+    dit = with_random_lora(folder)
+    stock.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=SUFFIXES))
+    weights.save_adapter(dit, tmp_path / "adapter.safetensors")
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        ours_in_their_names = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    peft.set_peft_model_state_dict(stock, ours_in_their_names)
+
+    target, _, text, ref = random_inputs(frames=frames)
+    loss = denoising_loss(dit, VPrediction(), Pair(target, ref, text), torch.Generator().manual_seed(3))
+    loss.value.backward()
+
+    # The same step in the library's words: its scheduler's noise and velocity, the draws repeated.
+    rng = torch.Generator().manual_seed(3)
+    t = torch.randint(1000, (len(target),), generator=rng)
+    noise = torch.randn(target.shape, generator=rng)
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing",
+    )  # fmt: skip
+    pred = stock_predict(stock, scheduler.add_noise(target, noise, t), t, text, ref)
+    stock_loss = torch.nn.functional.mse_loss(pred, scheduler.get_velocity(target, noise, t))
+    stock_loss.backward()
+
+    assert abs(loss.value.item() / stock_loss.item() - 1) <= 1e-5
+    theirs = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+    for path, module in lora_modules(dit).items():
+        stem = weights.tensors.rename(f"{path}.weight", weights.tensors.reverse(weights.names_of(dit)))
+        for leaf in ("lora_A", "lora_B"):
+            name = f"{stem.removesuffix('.weight')}.{leaf}.default.weight"
+            assert relative_error(getattr(module, leaf).grad, theirs[name]) <= 1e-4, name
+    assert len(theirs) == 2 * len(lora_modules(dit))
+
+
+@torch.no_grad()
+def test_merge_gives_the_same_prediction_and_unmerge_the_base(stock_dit):
+    stock, folder = stock_dit
+    dit, inputs = with_random_lora(folder), random_inputs()
+    adapted, base = dit(*inputs), stock_predict(stock, *inputs)
+    merge(dit)
+    merge(dit)  # a second time does nothing
+    assert relative_error(dit(*inputs), adapted) <= 1e-5
+    unmerge(dit)
+    assert relative_error(dit(*inputs), adapted) <= 1e-5
+    for module in lora_modules(dit).values():
+        module.lora_B.zero_()
+    assert relative_error(dit(*inputs), base) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_fresh_lora_changes_nothing_and_freezes_the_base(stock_dit):
+    _, folder = stock_dit
+    dit, inputs = load_dit(folder), random_inputs()
+    before = dit(*inputs)
+    add_lora(dit, 4, 4.0, dit.lora_targets)
+    assert torch.equal(dit(*inputs), before)
+    assert {name for name, p in dit.named_parameters() if p.requires_grad} == set(lora_parameters(dit))
+
+
+def test_adapters_that_do_not_fit_are_refused_with_the_file_and_the_reason(stock_dit, tmp_path):
+    _, folder = stock_dit
+    good = tmp_path / "good.safetensors"
+    weights.save_adapter(with_random_lora(folder), good)
+    with safe_open(good, "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+
+    def refused(name, change, match, text=None):
+        changed = change(dict(tensors))
+        weights.tensors.save_tensors(tmp_path / name, changed, metadata if text is None else text)
+        with pytest.raises(ValueError, match=match) as error:
+            weights.load_adapter(load_dit(folder), tmp_path / name)
+        assert name in str(error.value)
+
+    key = "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    refused("no-alpha.safetensors", lambda t: t, "--lora-alpha", {"format": "pt"})
+    refused("unknown.safetensors", lambda t: t | {"transformer.other.lora_A.weight": torch.ones(4, 4)}, "no layer")
+    refused("shape.safetensors", lambda t: t | {key: torch.ones(4, 7)}, "shape")
+    refused("half.safetensors", lambda t: {k: v for k, v in t.items() if k != key}, "only one of")
+    refused("deep.safetensors", lambda t: {k.replace("blocks.1", "blocks.9"): v for k, v in t.items()}, "deeper")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut short"):
+        weights.load_adapter(load_dit(folder), cut)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        weights.load_adapter(load_dit(folder), tmp_path / "nowhere.safetensors")
+    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 2.0

@@ -1,0 +1,41 @@
+"""What a checkpoint folder holds, known from its configs alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from sdv.schedule import VPrediction
+from weights.tensors import Names
+
+
+class Part(NamedTuple):
+    """One network of a checkpoint: where its tensors lie and how to build the module they fit."""
+
+    folder: str
+    file: str  # its name when written as one file
+    names: Names
+    build: Callable[[], nn.Module]
+    root: str = ""  # submodule that the names are relative to
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint before its weights are read; sizes are what the model was trained at."""
+
+    path: Path
+    parts: dict[str, Part]  # "dit", "vae", "text"
+    schedule: VPrediction
+    files: tuple[str, ...]  # configs and vocabulary, relative to path
+    frames: int
+    height: int
+    width: int
+    fps: float
+    guidance: float
+    spatial_ratio: int  # pixels per latent
+    temporal_ratio: int  # frames per latent, after the first
+    channels: int  # of a latent
+    patch: int  # latents per token, in each direction
+    text_tokens: int

@@ -1,0 +1,144 @@
+"""A tiny random CogVideoX in the diffusers layout: every class, config and file of the 5B model, in seconds.
+
+    python -m weights.tiny out/tiny
+
+Its videos are noise; it proves that files, shapes, training and sampling fit together.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from weights import open_backbone
+from weights.tensors import save_module
+
+CORPUS = """
+a dog lies on the grass in the sun
+a white dog stands beside a chair and looks into the camera
+two dogs run across a field while the camera follows them
+a cat sleeps on a red sofa
+a bird flies over the sea in the early morning
+a man rides a bike down a busy street past parked cars
+people walk along the road in front of a house
+a woman talks on the telephone in a moving car
+a large rabbit wakes up, stretches and looks at a butterfly
+a small boat on a quiet lake with green hills behind it
+close up of a face, soft light, blurred background
+black and white stripes, yellow flowers, blue sky, dark wood
+the subject turns left, turns right, moves up and down, jumps and stops
+"""
+
+TRANSFORMER = {
+    "_class_name": "CogVideoXTransformer3DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 8,
+    "out_channels": 8,
+    "time_embed_dim": 64,
+    "text_embed_dim": 64,
+    "num_layers": 2,
+    "sample_width": 12,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "max_text_seq_length": 32,
+    "use_rotary_positional_embeddings": True,
+}
+VAE = {
+    "_class_name": "AutoencoderKLCogVideoX",
+    "block_out_channels": [16, 32, 32, 32],
+    "latent_channels": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "scaling_factor": 0.7,
+    "temporal_compression_ratio": 4,
+}
+TEXT_ENCODER = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "vocab_size": 512,
+}
+SCHEDULER = {
+    "_class_name": "CogVideoXDDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 1.0,
+    "timestep_spacing": "trailing",
+}
+INDEX = {
+    "_class_name": "CogVideoXPipeline",
+    "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+}
+
+
+def train_vocabulary(sentences: Iterable[str], size: int) -> bytes:
+    """A SentencePiece unigram model with T5's ids: pad 0, eos 1, unk 2. Deterministic."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=1,
+    )
+    return model.getvalue()
+
+
+def create(path: str | Path, configs: dict[str, dict], vocabulary: bytes, seed: int = 0) -> None:
+    """Write a randomly initialised checkpoint; configs are keyed by file, e.g. "vae/config.json"."""
+    path = Path(path)
+    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
+    for file, content in {**configs, "tokenizer/tokenizer_config.json": tokenizer}.items():
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_text(json.dumps(content, indent=2) + "\n")
+    (path / "tokenizer/spiece.model").write_bytes(vocabulary)
+    torch.manual_seed(seed)
+    for part in open_backbone(path).parts.values():
+        module = part.build().get_submodule(part.root)
+        save_module(module, part.names, path / part.folder / part.file, torch.float32)
+
+
+CONFIGS = {
+    "model_index.json": INDEX,
+    "scheduler/scheduler_config.json": SCHEDULER,
+    "text_encoder/config.json": TEXT_ENCODER,
+    "transformer/config.json": TRANSFORMER,
+    "vae/config.json": VAE,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    create(options.path, CONFIGS, train_vocabulary(CORPUS.strip().splitlines(), 256), options.seed)
+    print(f"{options.path}: a tiny random CogVideoX")
+
+
+if __name__ == "__main__":
+    main()
