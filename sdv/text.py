@@ -62,7 +62,9 @@ def _read_pieces(path: Path) -> SentencePieceProcessor:
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
+        raise ValueError(f"{path}: not a SentencePiece model, or cut short ({error})") from error
+    if "Ａ" in pieces.normalize("Ａ"):  # the rules that make it an A stand at the end of the file
+        raise ValueError(f"{path}: cut short, its normalization rules are missing. Download it again.")
     found = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
     if found != (PAD, EOS, UNK):
         raise ValueError(f"{path}: pad, eos, unk have ids {found}, in a T5 vocabulary {(PAD, EOS, UNK)}")
@@ -151,7 +153,7 @@ class T5Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), bias)                            # (B, L, D)
-        return x + self.ff(self.norm2(x))                                # (B, L, D)
+        return x + self.ff(self.norm2(x))                                 # (B, L, D)
 
 
 class T5Encoder(nn.Module):

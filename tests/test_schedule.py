@@ -1,0 +1,266 @@
+"""Noise and samplers against diffusers' CogVideoX schedulers and against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from sdv.schedule import VPrediction, ddim, dpm, guidance
+from weights.cogvideox import schedule_from
+
+# scheduler/scheduler_config.json of CogVideoX-5B
+CONFIG = {
+    "_class_name": "CogVideoXDDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 1.0,
+    "timestep_spacing": "trailing",
+}
+SHAPE = (3, 4, 2, 5, 6)
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def fake_network(x: torch.Tensor, t: int) -> torch.Tensor:
+    """Nonlinear in x and different at every t, so that a wrong order of anything shows."""
+    return torch.tanh(1.5 * x + math.sin(t)) - 0.3 * x.roll(1, dims=-1) + 0.1 * math.cos(7 * t)
+
+
+@pytest.fixture(params=[{}, {"snr_shift_scale": 3.0}, {"rescale_betas_zero_snr": False}], ids=str)
+def config(request):
+    return CONFIG | request.param
+
+
+@pytest.fixture
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+def test_noising_and_velocity_equal_diffusers(diffusers, config):
+    ours, theirs = schedule_from(config), diffusers.CogVideoXDDIMScheduler.from_config(config)
+    x, noise = normal(0), normal(1)
+    for t in ([0, 1, 500], [37, 998, 999]):
+        t = torch.tensor(t)
+        assert relative_error(ours.add_noise(x, noise, t), theirs.add_noise(x, noise, t)) <= 1e-5
+        assert relative_error(ours.target(x, noise, t), theirs.get_velocity(x, noise, t)) <= 1e-5
+
+
+def test_timesteps_equal_diffusers_for_every_number_of_steps(diffusers):
+    ours, theirs = schedule_from(CONFIG), diffusers.CogVideoXDDIMScheduler.from_config(CONFIG)
+    for steps in range(1, 1001):
+        theirs.set_timesteps(steps)
+        # For 61 and some others diffusers appends a step at t = -1.
+        assert ours.timesteps(steps).tolist() == theirs.timesteps[:steps].tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_ddim_trajectory_equals_diffusers(diffusers, config, steps):
+    theirs = diffusers.CogVideoXDDIMScheduler.from_config(config)
+    theirs.set_timesteps(steps)
+    ours, want = [], []
+    x = normal(2)
+    for t in theirs.timesteps:
+        want.append(x)
+        x = theirs.step(fake_network(x, t.item()), t, x, return_dict=False)[0]
+
+    def denoise(x, t, i):
+        assert i == len(ours)
+        ours.append(x)
+        return fake_network(x, t)
+
+    assert relative_error(ddim(schedule_from(config), denoise, normal(2), steps), x) <= 1e-5
+    assert len(ours) == len(want) == steps
+    assert max(map(relative_error, ours, want)) <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_dpm_trajectory_equals_diffusers_from_the_same_generator(diffusers, config, steps):
+    theirs = diffusers.CogVideoXDPMScheduler.from_config(config)
+    theirs.set_timesteps(steps)
+    ours, want, x0 = [], [], None
+    x, rng = normal(2), torch.Generator().manual_seed(3)
+    for t, before in zip(theirs.timesteps, [None, *theirs.timesteps], strict=False):
+        want.append(x)
+        x, x0 = theirs.step(fake_network(x, t.item()), x0, t, before, x, generator=rng)
+
+    def denoise(x, t, i):
+        ours.append(x)
+        return fake_network(x, t)
+
+    rng = torch.Generator().manual_seed(3)
+    assert relative_error(dpm(schedule_from(config), denoise, normal(2), steps, rng), x) <= 1e-5
+    assert len(ours) == len(want) == steps
+    assert max(map(relative_error, ours, want)) <= 1e-5
+
+
+def test_the_last_timestep_is_pure_noise_and_its_velocity_is_minus_the_video():
+    schedule = VPrediction()
+    x, noise = normal(0), normal(1)
+    t = torch.full((3,), 999)
+    assert schedule.timesteps(50)[0] == 999
+    assert torch.equal(schedule.add_noise(x, noise, t), noise)
+    assert torch.equal(schedule.target(x, noise, t), -x)
+    assert torch.equal(schedule.to_x0(noise, -x, t), x)
+
+
+def test_each_sample_has_its_own_timestep_and_the_true_velocity_gives_the_clean_video_back():
+    schedule = VPrediction()
+    x, noise, t = normal(0).double(), normal(1).double(), torch.tensor([0, 400, 999])
+    x_t, v = schedule.add_noise(x, noise, t), schedule.target(x, noise, t)
+    assert relative_error(schedule.to_x0(x_t, v, t), x) <= 1e-6
+    alone = schedule.add_noise(x[1:2], noise[1:2], t[1:2])
+    assert torch.equal(x_t[1:2], alone)
+
+
+def test_the_papers_weighted_loss_on_x0_is_the_plain_mse_on_velocity():
+    schedule, t = VPrediction(), torch.tensor([3, 400, 999])
+    x, noise, pred = (normal(seed).double() for seed in (0, 1, 2))
+    x_t = schedule.add_noise(x, noise, t)
+    weight = 1 / (1 - schedule.abar[t])
+    papers = weight * (schedule.to_x0(x_t, pred, t) - x).square().mean(dim=(1, 2, 3, 4))
+    plain = (pred - schedule.target(x, noise, t)).square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(papers, plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm])
+def test_a_perfect_network_leads_every_sampler_to_its_video(sampler):
+    schedule, x = VPrediction(), normal(4)
+
+    def perfect(x_t, t, i):
+        alpha, sigma = schedule.abar[t].sqrt(), (1 - schedule.abar[t]).sqrt()
+        return (alpha * x_t - x) / sigma  # the velocity whose clean video is x
+
+    for steps in (1, 5, 50):
+        assert relative_error(sampler(schedule, perfect, normal(5), steps, torch.Generator()), x) <= 1e-5
+
+
+def test_ddim_is_of_first_order_and_dpm_is_better():
+    """For Gaussian videos the best prediction is linear: the samples should have the videos' deviation."""
+    schedule, deviation = VPrediction(), 0.5
+
+    def best(x_t, t, i):
+        abar = schedule.abar[t]
+        x0 = abar.sqrt() * deviation**2 / (abar * deviation**2 + 1 - abar) * x_t
+        return (abar.sqrt() * x_t - x0) / (1 - abar).sqrt()
+
+    def error(sampler, steps):
+        rng = torch.Generator().manual_seed(0)
+        return abs(sampler(schedule, best, normal(6, (4, 4, 4, 64, 64)), steps, rng).std().item() - deviation)
+
+    assert 1.6 < error(ddim, 20) / error(ddim, 40) < 2.1
+    assert error(dpm, 20) / error(dpm, 40) > 2.4
+    assert error(dpm, 40) < 0.5 * error(ddim, 40)
+
+
+def test_samplers_work_in_fp32_whatever_the_network_returns():
+    schedule = VPrediction()
+
+    def half(x, t, i):
+        return fake_network(x, t).bfloat16()
+
+    x = ddim(schedule, half, normal(2).bfloat16(), 10)
+    assert x.dtype == torch.float32
+    assert relative_error(x, ddim(schedule, half, normal(2).bfloat16().float(), 10)) == 0
+
+
+def test_draws_are_uniform_over_all_timesteps_and_come_from_the_generator():
+    schedule = VPrediction()
+    t = schedule.draw(200_000, torch.Generator().manual_seed(0))
+    assert torch.equal(t, schedule.draw(200_000, torch.Generator().manual_seed(0)))
+    counts = t.bincount(minlength=1000).double()
+    chi_square = ((counts - 200) ** 2 / 200).sum().item()
+    assert len(counts) == 1000 and 850 < chi_square < 1150  # 999 degrees of freedom: 999 +- 3.4 deviations
+
+
+@pytest.fixture
+def pipeline(diffusers):
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+        time_embed_dim=4, text_embed_dim=8, max_text_seq_length=3,
+        sample_width=8, sample_height=8, sample_frames=9,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    scheduler = diffusers.CogVideoXDPMScheduler.from_config(CONFIG)
+    pipe = diffusers.CogVideoXPipeline(None, None, vae, transformer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_guidance_and_dpm_equal_the_whole_pipeline(pipeline, dynamic):
+    steps, weights = 20, []
+    video, text, empty = normal(0, (1, 3, 4, 8, 8)), normal(1, (1, 3, 8)), normal(2, (1, 3, 8))
+
+    def record(pipe, i, t, tensors):
+        weights.append(pipe.guidance_scale)
+        return tensors
+
+    want = pipeline(
+        prompt_embeds=text, negative_prompt_embeds=empty, latents=video, num_frames=9, height=64, width=64,
+        num_inference_steps=steps, guidance_scale=6.0, use_dynamic_cfg=dynamic, output_type="latent",
+        generator=torch.Generator().manual_seed(3), callback_on_step_end=record,
+    ).frames  # fmt: skip
+
+    @torch.no_grad()
+    def denoise(x, t, i):
+        both = pipeline.transformer(torch.cat([x, x]), torch.cat([empty, text]), torch.tensor([t, t])).sample
+        without, prompted = both.chunk(2)
+        assert guidance(6.0, t, steps, dynamic) == pytest.approx(weights[i], rel=1e-12)
+        return without + guidance(6.0, t, steps, dynamic) * (prompted - without)
+
+    rng = torch.Generator().manual_seed(3)
+    assert relative_error(dpm(VPrediction(), denoise, video, steps, rng), want) <= 1e-5
+
+
+def test_dynamic_guidance_rises_smoothly_with_a_step_index_and_jumps_with_the_timestep():
+    rise = [guidance(6.0, 50 - i, 50, dynamic=True) for i in range(51)]
+    assert rise == sorted(rise) and rise[0] == 1 and rise[-1] == 7
+    released = [guidance(6.0, t, 50, dynamic=True) for t in VPrediction().timesteps(50).tolist()]
+    assert min(released) >= 1 and max(released) <= 7
+    assert sum(a > b for a, b in zip(released, released[1:], strict=False)) > 10
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_an_impossible_number_of_steps_is_refused(steps):
+    with pytest.raises(ValueError, match="1 to 1000"):
+        VPrediction().timesteps(steps)
+
+
+def test_the_config_of_5b_is_the_default_and_names_its_sampler():
+    assert schedule_from(CONFIG) == VPrediction()
+    assert schedule_from(CONFIG).samplers[schedule_from(CONFIG).default_sampler] is ddim
+    dpm_config = CONFIG | {"_class_name": "CogVideoXDPMScheduler"}
+    assert schedule_from(dpm_config).default_sampler == "dpm"
+    assert schedule_from({k: v for k, v in CONFIG.items() if k != "snr_shift_scale"}).snr_shift_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_class_name": "UniPCMultistepScheduler"},
+        {"prediction_type": "epsilon"},
+        {"timestep_spacing": "leading"},
+        {"beta_schedule": "linear"},
+        {"trained_betas": [0.1, 0.2]},
+        {"set_alpha_to_one": False},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_is_not_supported_is_refused_by_the_name_of_its_field(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        schedule_from(CONFIG | change)
