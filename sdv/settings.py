@@ -30,14 +30,16 @@ def parse(kind: type[T], description: str, argv: Sequence[str] | None = None) ->
             options["help"] += f" [{field.default}]"
         options["help"] = options["help"].replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
-    values = vars(parser.parse_args(argv))
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values = vars(parser.parse_args(argv)).items()
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
 
 def _converter(annotation: type) -> dict:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return _converter(next(kind for kind in arguments if kind is not type(None)))
+    if origin is typing.Literal:
+        return {"choices": arguments}
     if origin is tuple:
         return {"type": arguments[0], "nargs": "+"}
     if annotation is bool:

@@ -1,4 +1,4 @@
-"""Oracles shared by the parity tests: tiny random models that diffusers, transformers and peft write to disk."""
+"""Oracles shared by the parity tests: tiny random models that diffusers writes, and our own."""
 
 import os
 
@@ -10,6 +10,7 @@ import torch
 import weights.cogvideox
 from sdv.cogvideox_dit import CogVideoXDiT
 from weights.tensors import load_into, read_json
+from weights.tiny import CONFIGS, CORPUS, create, train_vocabulary
 
 TINY_DIT = {
     "num_attention_heads": 2,
@@ -31,9 +32,17 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a tiny random CogVideoX, with every part of the 5B model."""
+    path = tmp_path_factory.mktemp("tiny")
+    create(path, CONFIGS, train_vocabulary(CORPUS.strip().splitlines(), 256))
+    return path
+
+
 @pytest.fixture
 def stock_dit(tmp_path):
-    """diffusers' transformer with random weights, norms and biases included, and the folder it was saved to."""
+    """diffusers' transformer, every weight random, and the folder it was saved to."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     stock = diffusers.CogVideoXTransformer3DModel(**TINY_DIT)
@@ -57,7 +66,9 @@ def stock_rope(stock, frames: int, height: int, width: int):
 
     p = stock.config.patch_size
     grid = height // p, width // p
-    crop = get_resize_crop_region_for_grid(grid, stock.config.sample_width // p, stock.config.sample_height // p)
+    crop = get_resize_crop_region_for_grid(
+        grid, stock.config.sample_width // p, stock.config.sample_height // p
+    )
     return get_3d_rotary_pos_embed(stock.config.attention_head_dim, crop, grid, frames)
 
 
@@ -65,7 +76,11 @@ def stock_predict(stock, video, t, text, ref=None):
     """Stock diffusers on one more, clean frame before the video, whose output is thrown away."""
     frames = video if ref is None else torch.cat([ref, video], dim=2)
     pred = stock(
-        frames.transpose(1, 2), text, t, image_rotary_emb=stock_rope(stock, *frames.shape[2:]), return_dict=False
+        frames.transpose(1, 2),
+        text,
+        t,
+        image_rotary_emb=stock_rope(stock, *frames.shape[2:]),
+        return_dict=False,
     )[0]
     return pred.transpose(1, 2)[:, :, frames.shape[2] - video.shape[2] :]
 

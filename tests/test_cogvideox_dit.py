@@ -20,7 +20,10 @@ def test_text_to_video_equals_diffusers_at_every_size(stock_dit, size):
 def test_reference_equals_one_more_clean_frame_in_diffusers(stock_dit):
     stock, folder = stock_dit
     video, t, text, ref = random_inputs()
-    assert relative_error(load_dit(folder)(video, t, text, ref), stock_predict(stock, video, t, text, ref)) <= 1e-5
+    assert (
+        relative_error(load_dit(folder)(video, t, text, ref), stock_predict(stock, video, t, text, ref))
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("keep", [[], [0], [3, 5, 11], list(range(24))])
@@ -37,7 +40,9 @@ def test_dropped_reference_tokens_are_absent_and_nobody_moves(stock_dit, keep):
     stock.patch_embed.register_forward_hook(lambda module, inputs, output: kept)
     stock.proj_out.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, len(keep) :],))
     rope = cos[visible], sin[visible]
-    wanted = stock(video.transpose(1, 2), text, t, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
+    wanted = stock(video.transpose(1, 2), text, t, image_rotary_emb=rope, return_dict=False)[0].transpose(
+        1, 2
+    )
     found = load_dit(folder)(video, t, text, ref, torch.tensor(keep, dtype=torch.long))
     assert relative_error(found, wanted) <= 1e-5
 

@@ -21,7 +21,9 @@ GOLDEN = Path(__file__).parent / "data" / "cogvideox_reference_stream.safetensor
 
 def group(prefix: str) -> dict[str, torch.Tensor]:
     with safe_open(GOLDEN, "pt") as file:
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+        return {
+            key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)
+        }
 
 
 @pytest.fixture

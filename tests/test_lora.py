@@ -13,7 +13,17 @@ from sdv.objectives import Pair, denoising_loss
 from sdv.schedule import VPrediction
 
 # The paper's nine suffixes, in the names of the public checkpoint.
-SUFFIXES = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
+SUFFIXES = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj",
+    "text_proj",
+    "norm1.linear",
+    "norm2.linear",
+    "ff.net.2",
+]
 
 
 def with_random_lora(folder, rank=4, alpha=2.0):
@@ -69,7 +79,7 @@ def test_loss_and_lora_gradients_of_a_step_equal_diffusers_and_peft(stock_dit, t
     stock.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=SUFFIXES))
     weights.save_adapter(dit, tmp_path / "adapter.safetensors")
     with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
-        ours_in_their_names = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        ours_in_their_names = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
     peft.set_peft_model_state_dict(stock, ours_in_their_names)
 
     target, _, text, ref = random_inputs(frames=frames)
@@ -128,7 +138,7 @@ def test_adapters_that_do_not_fit_are_refused_with_the_file_and_the_reason(stock
     good = tmp_path / "good.safetensors"
     weights.save_adapter(with_random_lora(folder), good)
     with safe_open(good, "pt") as file:
-        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
 
     def refused(name, change, match, text=None):
         changed = change(dict(tensors))
@@ -139,10 +149,14 @@ def test_adapters_that_do_not_fit_are_refused_with_the_file_and_the_reason(stock
 
     key = "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"
     refused("no-alpha.safetensors", lambda t: t, "--lora-alpha", {"format": "pt"})
-    refused("unknown.safetensors", lambda t: t | {"transformer.other.lora_A.weight": torch.ones(4, 4)}, "no layer")
+    refused(
+        "unknown.safetensors", lambda t: t | {"transformer.other.lora_A.weight": torch.ones(4, 4)}, "no layer"
+    )
     refused("shape.safetensors", lambda t: t | {key: torch.ones(4, 7)}, "shape")
     refused("half.safetensors", lambda t: {k: v for k, v in t.items() if k != key}, "only one of")
-    refused("deep.safetensors", lambda t: {k.replace("blocks.1", "blocks.9"): v for k, v in t.items()}, "deeper")
+    refused(
+        "deep.safetensors", lambda t: {k.replace("blocks.1", "blocks.9"): v for k, v in t.items()}, "deeper"
+    )
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(good.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cut short"):

@@ -56,7 +56,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"{path}: no such adapter file")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error

@@ -52,7 +52,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.files = {path: _open(path) for path in _shards(self.folder)}
-        self.where = {name: file for file in self.files.values() for name in file.keys()}  # noqa: SIM118
+        self.where = {name: file for file in self.files.values() for name in file.keys()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.where[name].get_tensor(name)

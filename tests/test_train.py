@@ -1,0 +1,216 @@
+"""The two scripts end to end, on real photos and clips and a tiny random model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+import weights
+from sdv.data import Clips, Pairs
+from sdv.objectives import denoising_loss
+from sdv.seeds import generator
+
+ROOT = Path(__file__).parent.parent
+MEDIA = ROOT / "tests" / "media"
+SIZE = {"--height": 64, "--width": 96, "--frames": 9}
+RUN = {
+    "--pairs": MEDIA / "pairs", "--clips": MEDIA / "clips", **SIZE, "--rank": 8, "--alpha": 8,
+    "--accumulate": 1, "--identity-batch": 2, "--motion-batch": 1, "--p-video": 0.5, "--lr": 0.01,
+    "--warmup": 1, "--workers": 0,
+}  # fmt: skip
+
+
+def argv(options: dict) -> list[str]:
+    return [str(word) for flag, value in options.items() for word in (flag, value) if word != ""]
+
+
+def run(monkeypatch, script, options: dict) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *argv(options)])
+    script.main()
+
+
+def state(out: Path, step: int) -> tuple[dict, dict]:
+    folder = out / f"step-{step:06d}"
+    training = torch.load(folder / "training.pt", weights_only=True)
+    moments = {f"{i}.{k}": v for i, entry in training["optimizer"]["state"].items() for k, v in entry.items()}
+    return load_file(folder / "adapter.safetensors") | moments, training["taken"]
+
+
+def assert_same(a: Path, b: Path, step: int) -> None:
+    (tensors, taken), (other, other_taken) = state(a, step), state(b, step)
+    assert taken == other_taken
+    assert tensors.keys() == other.keys()
+    assert all(torch.equal(tensors[name], other[name]) for name in tensors)
+
+
+def losses(out: Path) -> list[tuple]:
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["task"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_path):
+    out = tmp_path / "run"
+    run(monkeypatch, train, {"--backbone": tiny, "--out": out, "--steps": 40, **RUN})
+    before, after = fixed_losses(tiny, None), fixed_losses(tiny, out / "step-000040" / "adapter.safetensors")
+    assert after["identity"] < 0.9 * before["identity"]
+    assert after["motion"] < 0.9 * before["motion"]
+
+    options = {
+        "--backbone": tiny, "--adapter": out / "step-000040" / "adapter.safetensors", "--steps": 3, **SIZE,
+        "--ref": MEDIA / "pairs" / "lawn.jpg", "--out": tmp_path / "samples",
+    }  # fmt: skip
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", *argv(options), "--prompt", "a dog", "a cat", "--seed", "0", "1"]
+    )
+    sample.main()
+    videos = sorted((tmp_path / "samples").glob("*.mp4"))
+    assert [v.name for v in videos] == [
+        f"{i:02d}-seed{s}-{w}.mp4" for i, w in enumerate(("a-dog", "a-cat")) for s in (0, 1)
+    ]
+    assert len({v.read_bytes() for v in videos}) == 4
+
+
+@torch.no_grad()
+def fixed_losses(tiny: Path, adapter: Path | None) -> dict[str, float]:
+    """Each task's loss over the vendored media, on noise and times that do not change."""
+    backbone = weights.load_backbone(tiny, log=lambda line: None)
+    if adapter:
+        weights.load_adapter(backbone.dit, adapter)
+    enc = train.Encoders(backbone.vae.encode, backbone.text, 24)
+    data = {"identity": Pairs(MEDIA / "pairs", 64, 96), "motion": Clips(MEDIA / "clips", 9, 8, 64, 96)}
+    totals = {}
+    for task, rows in data.items():
+        values = []
+        for i, item in enumerate(rows):
+            batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in item.items()}
+            for draw in range(8):
+                rng = generator(7, i, draw)
+                pair = train.PAIR_OF[task](batch, enc, train.Config(), rng)
+                values.append(denoising_loss(backbone.dit, backbone.schedule, pair, rng).value.item())
+            if i + 1 == len(rows):
+                break
+        totals[task] = sum(values) / len(values)
+    return totals
+
+
+@pytest.mark.parametrize("extra", [{}, {"--coin": "micro", "--dropout": "tokens", "--lora-dropout": 0.2}])
+def test_a_resumed_run_equals_the_one_never_stopped(monkeypatch, tiny, tmp_path, extra):
+    options = {"--backbone": tiny, **RUN, "--accumulate": 2, "--window": "random", "--save-every": 3, **extra}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(monkeypatch, train, options | {"--out": whole, "--steps": 6})
+    run(monkeypatch, train, options | {"--out": parts, "--steps": 4})
+    # The second part goes on from the save at step 3 as if the process had died after it.
+    for name in ("adapter.safetensors", "training.pt"):
+        (parts / "step-000004" / name).unlink()
+    (parts / "step-000004").rmdir()
+    run(monkeypatch, train, options | {"--out": parts, "--steps": 6, "--resume": ""})
+    assert_same(whole, parts, 6)
+    assert losses(whole) == losses(parts)
+
+
+def test_a_killed_process_resumes_bit_for_bit(tiny, tmp_path):
+    options = {"--backbone": tiny, **RUN, "--save-every": 2, "--workers": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def command(out, steps, *more):
+        return [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *argv(options | {"--out": out, "--steps": steps}),
+            *more,
+        ]
+
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+    }
+    process = subprocess.Popen(command(killed, 400), **quiet)
+    while len(losses(killed) if (killed / "metrics.jsonl").exists() else []) < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = train.saves(killed)[-1]
+    steps = int(last.name.removeprefix("step-")) + 3
+    subprocess.run(command(killed, steps, "--resume"), check=True, **quiet)
+    subprocess.run(command(whole, steps), check=True, **quiet)
+    assert_same(whole, killed, steps)
+    assert losses(whole) == losses(killed)
+
+
+def test_the_coin_is_fair_and_its_own(monkeypatch):
+    cfg = train.Config(p_video=0.2)
+    draws = [train.draw_task(step, 0, cfg) for step in range(2000)]
+    assert abs(draws.count("motion") / 2000 - 0.2) < 0.03
+    assert all(train.draw_task(step, micro, cfg) == draws[step] for step in range(50) for micro in range(3))
+    mixed = train.Config(coin="micro")
+    assert len({train.draw_task(0, micro, mixed) for micro in range(50)}) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 5, **RUN, "--p-video": 0}
+    monkeypatch.setattr(train, "identity_pair", None)
+
+    def poisoned(batch, enc, cfg, rng, original=train.PAIR_OF["identity"]):
+        pair = original(batch, enc, cfg, rng)
+        pair.target[1] = float("nan")
+        return pair
+
+    monkeypatch.setitem(train.PAIR_OF, "identity", poisoned)
+    with pytest.raises(
+        FloatingPointError, match=r"step 1, identity: the loss of metadata.jsonl:\d [^,]* is not"
+    ):
+        run(monkeypatch, train, options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"--height": 65}, ValueError, "height 65.*multiple"),
+        ({"--frames": 10}, ValueError, "10 frames"),
+        ({"--frames": 49}, ValueError, "samoyed"),
+        ({"--pairs": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"--clips": MEDIA / "pairs"}, ValueError, "file_name"),
+        ({"--targets": "attn.x"}, ValueError, "attn.x"),
+        ({"--resume": ""}, FileNotFoundError, "no save to resume"),
+        ({"--backbone": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"--adapter": MEDIA / "pairs" / "lawn.jpg"}, ValueError, "lawn.jpg"),
+    ],
+)
+def test_bad_input_is_one_error_before_training_starts(monkeypatch, tiny, tmp_path, change, error, match):
+    with pytest.raises(error, match=match):
+        run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN} | change)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert not metrics.exists() or metrics.read_text() == ""
+
+
+def test_a_finished_run_is_not_overwritten_and_a_changed_setting_is_refused(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN}
+    run(monkeypatch, train, options)
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(monkeypatch, train, options)
+    with pytest.raises(ValueError, match="rank was 8, is 4"):
+        run(monkeypatch, train, options | {"--resume": "", "--rank": 4})
+
+
+def test_sample_refuses_bad_input_before_loading(monkeypatch, tiny, tmp_path):
+    base = {"--backbone": tiny, **SIZE, "--prompt": "a dog", "--steps": 1, "--out": tmp_path}
+    for change, error, match in (
+        ({"--ref": "nowhere.jpg"}, FileNotFoundError, "nowhere.jpg"),
+        ({"--sampler": "euler"}, ValueError, "ddim, dpm"),
+        ({"--steps": 2000}, ValueError, "2000"),
+        ({"--width": 100}, ValueError, "width 100"),
+        ({"--adapter": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
+    ):
+        with pytest.raises(error, match=match):
+            run(monkeypatch, sample, base | change)

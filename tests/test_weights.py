@@ -1,0 +1,126 @@
+"""Checkpoints that are not what they should be: one error each, with the file and the fix."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import weights
+
+
+@pytest.fixture
+def broken(tiny, tmp_path):
+    """A copy to damage; the transformer in three shards."""
+    path = tmp_path / "broken"
+    shutil.copytree(tiny, path)
+    folder = path / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {}
+    for i in range(3):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[i::3]}, folder / file)
+        where |= dict.fromkeys(names[i::3], file)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return path
+
+
+def shard(path, i=2):
+    return path / "transformer" / f"diffusion_pytorch_model-{i:05d}-of-00003.safetensors"
+
+
+def edit(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def load_dit(path):
+    return weights.load_backbone(path, parts=("dit",), log=lambda line: None)
+
+
+def test_shards_and_one_file_give_the_same_model(tiny, broken):
+    one, three = load_dit(tiny).dit.state_dict(), load_dit(broken).dit.state_dict()
+    assert one.keys() == three.keys()
+    assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_the_report_counts_what_was_read(tiny):
+    lines = []
+    backbone = weights.load_backbone(tiny, dtype=torch.bfloat16, log=lines.append)
+    parameters = sum(p.numel() for p in backbone.dit.parameters())
+    assert [line.split()[0] for line in lines] == ["transformer", "vae", "text_encoder"]
+    assert f"{parameters:,} parameters" in lines[0]
+    assert "F32 -> bfloat16" in lines[0]
+    assert not any(p.requires_grad for p in backbone.dit.parameters())
+
+
+def test_saved_and_loaded_again_is_the_same(tiny, tmp_path):
+    backbone = weights.load_backbone(tiny, log=lambda line: None)
+    weights.save_backbone(backbone, tmp_path / "copy", torch.float32)
+    again = weights.load_backbone(tmp_path / "copy", log=lambda line: None)
+    for part in weights.PARTS:
+        a, b = getattr(backbone, part).state_dict(), getattr(again, part).state_dict()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "match"),
+    [
+        (lambda p: shard(p).unlink(), FileNotFoundError, "00002-of-00003.*[Dd]ownload"),
+        (
+            lambda p: shard(p).write_bytes(shard(p).read_bytes()[:-64]),
+            ValueError,
+            "00002-of-00003.*cut short",
+        ),
+        (lambda p: shard(p).write_bytes(b""), ValueError, "00002-of-00003.*cut short"),
+        (
+            lambda p: save_file(load_file(shard(p)) | {"surprise.weight": torch.ones(1)}, shard(p)),
+            ValueError,
+            "1 unknown tensors: surprise.weight",
+        ),
+        (
+            lambda p: save_file(
+                {k: v for k, v in load_file(shard(p)).items() if "proj_out" not in k}, shard(p)
+            ),
+            ValueError,
+            "missing tensors: proj_out",
+        ),
+        (lambda p: edit(p / "transformer/config.json", num_layers=1), ValueError, "unknown tensors"),
+        (lambda p: edit(p / "transformer/config.json", num_attention_heads=4), ValueError, "wrong shapes"),
+        (lambda p: (p / "vae/config.json").unlink(), FileNotFoundError, "vae/config.json"),
+        (lambda p: (p / "vae/config.json").write_text("{"), ValueError, "vae/config.json.*broken JSON"),
+        (lambda p: (p / "tokenizer/spiece.model").unlink(), FileNotFoundError, "spiece.model"),
+        (lambda p: shutil.rmtree(p / "transformer"), FileNotFoundError, "transformer"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(broken, damage, error, match):
+    damage(broken)
+    with pytest.raises(error, match=match):
+        load_dit(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "match"),
+    [
+        ("transformer", {"use_rotary_positional_embeddings": False}, "2B"),
+        ("transformer", {"patch_size_t": 2}, "1.5"),
+        ("transformer", {"in_channels": 16}, "image-to-video"),
+        ("transformer", {"use_learned_positional_embeddings": True}, "image-to-video"),
+        ("transformer", {"activation_fn": "gelu"}, "activation_fn"),
+        ("text_encoder", {"feed_forward_proj": "relu"}, "without a gate"),
+        ("text_encoder", {"vocab_size": 300}, "vocab_size"),
+        ("scheduler", {"prediction_type": "epsilon"}, "prediction_type"),
+    ],
+)
+def test_other_members_of_the_family_are_refused_with_a_reason(broken, file, fields, match):
+    name = "scheduler_config.json" if file == "scheduler" else "config.json"
+    edit(broken / file / name, **fields)
+    with pytest.raises(ValueError, match=match):
+        weights.load_backbone(broken, log=lambda line: None)
+
+
+def test_fp16_is_refused(tiny):
+    with pytest.raises(ValueError, match="bf16 or fp32"):
+        weights.load_backbone(tiny, dtype=torch.float16)
