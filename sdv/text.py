@@ -22,7 +22,7 @@ class Tokenizer:
 
     <extra_id_0>, _1, ... take the ids behind the pieces, last first, and cls_token the next one (32100). Text
     between special tokens is a sentence of its own, so spaces beside them vanish. Same ids as transformers'
-    T5Tokenizer, but for two marks on one letter: they compose here, as in SentencePiece itself.
+    T5Tokenizer, but that a decomposed letter with a second mark or joiner is composed, as SentencePiece does.
     """
 
     def __init__(
