@@ -5,7 +5,7 @@ a loop over denoise(x, t, i) -> pred: the caller's network, with its guidance, a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,9 +73,14 @@ class VPrediction:
         ends = np.arange(self.train_steps, 0, -self.train_steps / steps)[:steps]  # rounding can add one
         return torch.from_numpy(ends.round().astype(np.int64) - 1)
 
-    def signal(self, t: int) -> Tensor:
-        """abar_t, a float64 scalar; below t = 0 there is no noise left: 1."""
-        return self.abar[t] if t >= 0 else self.abar.new_ones(())
+    def walk(self, steps: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """A sampler's steps: i, t, abar at t and abar where the step ends, which is 1, no noise, below t = 0.
+
+        As in diffusers, a step is train_steps // steps long: a remainder can leave a little noise in the end.
+        """
+        for i, t in enumerate(self.timesteps(steps).tolist()):
+            end = t - self.train_steps // steps
+            yield i, t, self.abar[t], self.abar[end] if end >= 0 else self.abar.new_ones(())
 
     def _scales(self, x: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t) in fp32, one per sample of x."""
@@ -86,13 +91,9 @@ class VPrediction:
 def ddim(
     schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12, sigma = 0): noise x (B, C, T, H, W) -> clean x in fp32, without rng.
-
-    As in diffusers, a step is train_steps // steps long: a remainder can leave a little noise in the end.
-    """
+    """DDIM (arXiv 2010.02502, eq. 12, sigma = 0): noise x (B, C, T, H, W) -> clean x in fp32, without rng."""
     x = x.float()
-    for i, t in enumerate(schedule.timesteps(steps).tolist()):
-        now, then = schedule.signal(t), schedule.signal(t - schedule.train_steps // steps)
+    for i, t, now, then in schedule.walk(steps):
         x0 = schedule.to_x0(x, denoise(x, t, i), t)
         kept = ((1 - then) / (1 - now)).sqrt()
         x = kept * x + (then.sqrt() - kept * now.sqrt()) * x0
@@ -102,13 +103,12 @@ def ddim(
 def dpm(
     schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095), the sampler of CogVideoX's vendor: x and steps as in ddim.
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095), the sampler of CogVideoX's vendor: noise x -> clean x in fp32.
 
     Each step adds fresh noise, drawn from rng on the CPU, draw for draw as in diffusers.
     """
     x, before = x.float(), None
-    for i, t in enumerate(schedule.timesteps(steps).tolist()):
-        now, then = schedule.signal(t), schedule.signal(t - schedule.train_steps // steps)
+    for i, t, now, then in schedule.walk(steps):
         x0 = schedule.to_x0(x, denoise(x, t, i), t)
         h = (then.logit() - now.logit()) / 2                              # step in log(alpha / sigma)
         noise, estimate = torch.randn(x.shape, generator=rng), x0
