@@ -17,16 +17,16 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sdv import media
+from sdv.seeds import generator
 
 PAIR = ("reference_file_name", "target_file_name")
 CLIP = ("file_name",)
 ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # what clip.txt may stand beside
-ORDER, DRAW = 0, 1  # two streams of random numbers from one seed
+ORDER, VIEW = 2, 3  # what is drawn: second number of a key of sdv.seeds (0 and 1 are train.py's)
 
 
 # Sizes
@@ -166,15 +166,15 @@ class Rows(Dataset):
     """Checked rows of a folder. `load` gives uint8 pixels; indexing, the same item as floats in [-1, 1]."""
 
     rows: list[Row]
-    read: Callable[[Row, np.random.Generator], dict]  # each data set's own way from a row to an item
+    read: Callable[[Row, torch.Generator], dict]  # each data set's own way from a row to an item
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        return _to_float(self.load(index, np.random.default_rng(index)))
+        return _to_float(self.load(index, generator(index)))
 
-    def load(self, index: int, rng: np.random.Generator) -> dict:
+    def load(self, index: int, rng: torch.Generator) -> dict:
         """The item at `index`, random choices drawn from `rng`; a ValueError starts with the row's origin."""
         row = self.rows[index]
         try:
@@ -198,15 +198,16 @@ class Pairs(Rows):
         self.rows = read_rows(folder, PAIR)
         self.size, self.cls_token, self.jitter = (height, width), cls_token, jitter
 
-    def read(self, row: Row, rng: np.random.Generator) -> dict:
+    def read(self, row: Row, rng: torch.Generator) -> dict:
         ref, target = (self._view(path, rng) for path in row.files)
         return {"ref": ref, "target": target, "prompt": self.cls_token + row.prompt}
 
-    def _view(self, path: Path, rng: np.random.Generator) -> torch.Tensor:
-        zoom, *at = rng.random(3)
+    def _view(self, path: Path, rng: torch.Generator) -> torch.Tensor:
+        image = media.read_image(path)
         if not self.jitter:
-            return media.fit(media.read_image(path), *self.size)
-        return media.fit(media.read_image(path), *self.size, zoom=1 + self.jitter * zoom, at=tuple(at))
+            return media.resize(image, *self.size)
+        zoom, down, right = torch.rand(3, generator=rng).tolist()
+        return media.resize(image, *self.size, zoom=1 + self.jitter * zoom, at=(down, right))
 
 
 class Clips(Rows):
@@ -220,8 +221,8 @@ class Clips(Rows):
         self.rows = read_rows(folder, CLIP)
         self.frames, self.fps, self.size, self.random = frames, fps, (height, width), window == "random"
 
-    def read(self, row: Row, rng: np.random.Generator) -> dict:
-        window = rng.random() if self.random else 0.0
+    def read(self, row: Row, rng: torch.Generator) -> dict:
+        window = torch.rand((), generator=rng).item() if self.random else 0.0
         clip = media.read_clip(row.files[0], self.frames, self.fps, *self.size, window=window)
         return {"clip": clip, "prompt": row.prompt}
 
@@ -262,12 +263,12 @@ def batches(
 def locate(seed: int, k: int, n: int) -> tuple[int, int]:
     """(epoch, index) of sample k in an endless run over n rows, reshuffled for every epoch."""
     epoch, place = divmod(k, n)
-    return epoch, int(_permutation(seed, epoch, n)[place])
+    return epoch, _permutation(seed, epoch, n)[place]
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
+def _permutation(seed: int, epoch: int, n: int) -> list[int]:
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch)).tolist()
 
 
 class _Samples(Dataset):
@@ -279,7 +280,7 @@ class _Samples(Dataset):
     def __getitem__(self, k: int) -> dict | ValueError:
         _, index = locate(self.seed, k, len(self.dataset))
         try:
-            return self.dataset.load(index, np.random.default_rng((self.seed, DRAW, k)))
+            return self.dataset.load(index, generator(self.seed, VIEW, k))
         except ValueError as error:
             return error
 

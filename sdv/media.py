@@ -67,7 +67,12 @@ def write_image(path: str | Path, image: torch.Tensor) -> None:
     Path(path).write_bytes(b"".join(bytes(packet) for packet in encoder.encode(frame) + encoder.encode(None)))
 
 
-def fit(
+def fit(images: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
+    """uint8 (..., 3, H, W) -> float32 (..., 3, height, width) in [-1, 1]: `resize`, then `from_uint8`."""
+    return from_uint8(resize(images, height, width, mode))
+
+
+def resize(
     images: torch.Tensor,
     height: int,
     width: int,
@@ -75,7 +80,7 @@ def fit(
     zoom: float = 1.0,
     at: tuple[float, float] = (0.5, 0.5),
 ) -> torch.Tensor:
-    """uint8 (..., 3, H, W) -> (..., 3, height, width) by an antialiased bicubic resize that keeps the aspect.
+    """uint8 (..., 3, H, W) -> (..., 3, height, width) of uint8, antialiased bicubic, keeping the aspect.
 
     "crop": cover the target (`zoom` times over), then cut; `at` says where in what sticks out (0.5: centre).
     "pad": fit inside the target, centred on a white canvas.
@@ -121,7 +126,7 @@ class ClipInfo(NamedTuple):
 def read_clip(
     path: str | Path, frames: int, fps: float, height: int, width: int, window: float = 0.0
 ) -> torch.Tensor:
-    """Video file -> uint8 (3, T, H, W): moments 1/fps apart, for each the frame nearest in time, fitted.
+    """Video file -> uint8 (3, T, H, W): moments 1/fps apart, for each the frame nearest in time, resized.
 
     `window` in [0, 1] slides the first moment from the clip's start to the latest place that still fits.
     Never pads: a clip that ends too early is refused. Holds only the chosen frames, at the target size.
@@ -222,7 +227,7 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
 
 
 def _decode(path: str | Path, stamps: list[int], height: int, width: int) -> dict[int, torch.Tensor]:
-    """The frames with these stamps, fitted. Seeks; where that loses one, reads again from the start."""
+    """The frames with these stamps, resized. Seeks; where that loses one, reads again from the start."""
     for seek in (True, False):
         missing, shown = set(stamps), {}
         with _opened(path) as (container, stream):
@@ -233,7 +238,7 @@ def _decode(path: str | Path, stamps: list[int], height: int, width: int) -> dic
                     break
                 if frame.pts in missing:
                     missing.discard(frame.pts)
-                    shown[frame.pts] = fit(_upright(frame, stream, path), height, width)
+                    shown[frame.pts] = resize(_upright(frame, stream, path), height, width)
                 if not missing:
                     return shown
     raise ValueError(f"{path}: {len(missing)} frames cannot be decoded; {REPLACE}")
