@@ -156,7 +156,7 @@ def log_line(rows: list[dict], steps: int) -> str:
     by_t = " ".join(mean([row[q] for row in own]) for q in range(4))
     return (
         f"step {now['step'] + 1:>5}/{steps} {now['task']:<8} loss {now['loss']:.4f} | mean {means} "
-        f"| by t {by_t} | grad {now['grad_norm']:.3f} | {now['seconds']:.2f} s/step | {now['memory_gb']:.1f} GB"
+        f"| by t {by_t} | grad {now['grad_norm']:.3f} | {now['seconds']:.2f} s | {now['memory_gb']:.1f} GB"
     )
 
 

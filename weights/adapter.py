@@ -69,8 +69,8 @@ def _alpha(path: Path, metadata: dict, alpha: float | None) -> tuple[float, str]
     if "lora_alpha" in metadata:
         return float(metadata["lora_alpha"]), "from the file"
     raise ValueError(
-        f"{path}: the file does not say its alpha, and a wrong guess applies it at the wrong strength. Give it "
-        "with --lora-alpha (64 for the paper's released adapter; the rank for formats that have no alpha)."
+        f"{path}: the file does not say its alpha, and a wrong guess applies it at the wrong strength. Give "
+        "it with --lora-alpha (64 for the paper's released adapter; the rank for formats without alpha)."
     )
 
 
@@ -84,7 +84,7 @@ def _pairs(path: Path, tensors: dict[str, Tensor], names: Names) -> dict[str, di
         except KeyError:
             ours = None
         if ours is None or leaf not in ("lora_A", "lora_B") or not key.startswith(PREFIX):
-            raise ValueError(f"{path}: {key} belongs to no layer of this model; an adapter for another model?")
+            raise ValueError(f"{path}: {key} belongs to no layer of this model: an adapter for another one?")
         pairs.setdefault(ours.removesuffix(".weight"), {})[leaf] = tensor
     halves = [ours for ours, pair in pairs.items() if len(pair) != 2]
     if halves or not pairs:

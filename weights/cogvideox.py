@@ -167,11 +167,12 @@ CONFIGS = {
 
 
 def read_layout(path: Path) -> Layout:
-    """Everything that the configs of a folder say. ValueError, with file and reason, for what is not supported."""
+    """What the configs of a folder say. ValueError, with file and reason, for what is not supported."""
     dit = _config(path, "dit", dit_config)
     vae = _config(path, "vae", vae_config)
     text = _config(path, "text", t5_config)
     tokenizer = Tokenizer(path / TOKENIZER, dit.text_tokens)
+    vocabulary = sorted(str(file.relative_to(path)) for file in path.glob("tokenizer/*"))
     weights_file = "diffusion_pytorch_model.safetensors"
     return Layout(
         path=path,
@@ -187,7 +188,7 @@ def read_layout(path: Path) -> Layout:
             ),
         },
         schedule=_config(path, "schedule", schedule_from),
-        files=(*CONFIGS.values(), *(str(f.relative_to(path)) for f in path.glob("tokenizer/*")), "model_index.json"),
+        files=("model_index.json", *CONFIGS.values(), *vocabulary),
         frames=dit.base_frames,
         height=dit.base_height * vae.spatial_ratio,
         width=dit.base_width * vae.spatial_ratio,

@@ -91,20 +91,13 @@ INDEX = {
 
 
 def train_vocabulary(sentences: Iterable[str], size: int) -> bytes:
-    """A SentencePiece unigram model with T5's ids: pad 0, eos 1, unk 2. Deterministic."""
+    """A SentencePiece unigram model of about `size` pieces with T5's ids: pad 0, eos 1, unk 2. Deterministic."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        vocab_size=size,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=1,
-    )
+        sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=size,
+        hard_vocab_limit=False, character_coverage=1.0, num_threads=1, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
+    )  # fmt: skip
     return model.getvalue()
 
 
@@ -132,7 +125,8 @@ CONFIGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("path", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,0 +1,50 @@
+"""Sampling beside the whole stock pipeline, loaded by diffusers from a folder that we wrote."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import relative_error
+
+import sample
+import weights
+from sdv.seeds import generator
+
+CFG = sample.Config(
+    backbone="", prompt=("a white dog runs",), height=64, width=96, frames=9, fps=8, steps=4, guidance=6.0,
+    device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def backbone(tiny):
+    return weights.load_backbone(tiny, log=lambda line: None)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["constant", "dynamic"])
+def test_text_to_video_equals_the_stock_pipeline_from_prompt_to_pixels(tiny, backbone, dynamic):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = dataclasses.replace(CFG, dynamic_guidance=dynamic)
+    text, blank = backbone.text(list(cfg.prompt)), backbone.text([cfg.negative])
+    ours = sample.generate(backbone, text, blank, None, cfg, seed=3)
+
+    pipe = diffusers.CogVideoXPipeline.from_pretrained(tiny)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(sample.latent_shape(backbone.layout, cfg), generator=generator(3))
+    theirs = pipe(
+        cfg.prompt[0], negative_prompt="", height=64, width=96, num_frames=9, num_inference_steps=4,
+        guidance_scale=6.0, use_dynamic_cfg=dynamic, latents=noise.transpose(1, 2), output_type="pt",
+        max_sequence_length=32,
+    ).frames[0]  # fmt: skip
+    assert relative_error((ours.clamp(-1, 1) + 1) / 2, theirs.transpose(0, 1)) <= 1e-4
+
+
+def test_guidance_is_on_the_text_alone(backbone):
+    """With equal prompts both halves are equal, whatever the reference: guidance must then change nothing."""
+    text = backbone.text(["a dog"])
+    ref = torch.randn(1, 8, 1, 8, 12, generator=generator(1))
+    weak = sample.generate(backbone, text, text, ref, dataclasses.replace(CFG, guidance=1.0), 0)
+    strong = sample.generate(backbone, text, text, ref, CFG, 0)
+    assert relative_error(strong, weak) <= 1e-4
+    other = sample.generate(backbone, text, text, 2 * ref, CFG, 0)
+    assert relative_error(other, strong) > 1e-3
