@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(broken, damage, error, match):
         ("transformer", {"use_learned_positional_embeddings": True}, "image-to-video"),
         ("transformer", {"activation_fn": "gelu"}, "activation_fn"),
         ("text_encoder", {"feed_forward_proj": "relu"}, "without a gate"),
-        ("text_encoder", {"vocab_size": 300}, "vocab_size"),
+        ("text_encoder", {"vocab_size": 100}, "vocab_size"),
         ("scheduler", {"prediction_type": "epsilon"}, "prediction_type"),
     ],
 )
