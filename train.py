@@ -31,7 +31,7 @@ from tqdm import tqdm
 import sample
 import weights
 from sdv.data import Clips, Pairs, batches, check_size
-from sdv.lora import add_lora, lora_parameters
+from sdv.lora import add_lora, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
 from sdv.objectives import Losses, Pair, denoising_loss, keep_tokens, random_frame
 from sdv.seeds import generator
@@ -263,7 +263,9 @@ def main() -> None:
     if newest or cfg.adapter:
         print(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     else:
-        add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or dit.lora_targets, cfg.lora_dropout)
+        add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or dit.lora_targets)
+    for module in lora_modules(dit).values():
+        module.dropout = cfg.lora_dropout
     params = lora_parameters(dit)
     print(f"LoRA: {len(params) // 2} modules, {sum(p.numel() for p in params.values()):,} parameters")
     # Precision has one owner, here: the frozen networks run in --dtype, because their activations fill the

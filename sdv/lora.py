@@ -14,10 +14,11 @@ from torch import Tensor, nn
 class LoRA(nn.Module):
     """A frozen layer and its low-rank update; holds the very weight and bias of the layer it replaces."""
 
-    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.rank, self.alpha, self.dropout, self.merged = rank, alpha, dropout, False
+        self.rank, self.alpha = rank, alpha
+        self.dropout, self.merged = 0.0, False  # dropout: of A's input, in train mode; a matter of training only
         out_features, *fan_in = base.weight.shape  # a convolution's A has its kernel, its B is 1 x 1
         ones = [1] * (len(fan_in) - 1)
         self.lora_A = nn.Parameter(torch.empty(rank, *fan_in, device=base.weight.device))
@@ -50,8 +51,8 @@ class LoRALinear(LoRA):
 
 
 class LoRAConv2d(LoRA):
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, dropout: float = 0.0):
-        super().__init__(base, rank, alpha, dropout)
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
+        super().__init__(base, rank, alpha)
         self.stride, self.padding = base.stride, base.padding
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,9 +62,7 @@ class LoRAConv2d(LoRA):
         return F.conv2d(low, weight)
 
 
-def add_lora(
-    model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...], dropout: float = 0.0
-) -> dict[str, LoRA]:
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]) -> dict[str, LoRA]:
     """Freeze the model and replace every Linear and Conv2d whose path ends with one of the targets.
 
     Returns {path: module} in the model's order. ValueError for a target that fits nothing.
@@ -76,7 +75,7 @@ def add_lora(
             continue
         owner, _, leaf = path.rpartition(".")
         kind = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
-        setattr(model.get_submodule(owner), leaf, kind(layer, rank, alpha, dropout))
+        setattr(model.get_submodule(owner), leaf, kind(layer, rank, alpha))
         unused.discard(target)
     if unused:
         raise ValueError(f"LoRA targets that fit no Linear or Conv2d of it: {', '.join(sorted(unused))}")
