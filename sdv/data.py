@@ -272,26 +272,26 @@ def _permutation(seed: int, epoch: int, n: int) -> list[int]:
 
 
 class _Samples(Dataset):
-    """Sample number -> item. A bad file comes back as its error, to be raised once, outside the workers."""
+    """Sample number -> item, or a text that says what is wrong with the file, raised outside the workers."""
 
     def __init__(self, dataset: Rows, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, k: int) -> dict | ValueError:
+    def __getitem__(self, k: int) -> dict | str:
         _, index = locate(self.seed, k, len(self.dataset))
         try:
             return self.dataset.load(index, generator(self.seed, VIEW, k))
         except ValueError as error:
-            return error
+            return str(error)
 
 
-def _collate(items: list[dict | ValueError]) -> dict | ValueError:
-    return next((item for item in items if isinstance(item, ValueError)), None) or default_collate(items)
+def _collate(items: list[dict | str]) -> dict | str:
+    return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
-def _ready(batch: dict | ValueError, device: torch.device | str) -> dict:
-    if isinstance(batch, ValueError):
-        raise batch
+def _ready(batch: dict | str, device: torch.device | str) -> dict:
+    if isinstance(batch, str):
+        raise ValueError(batch)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     return _to_float(moved)
 

@@ -203,8 +203,7 @@ def test_pad_puts_the_whole_picture_on_white():
     red = torch.tensor([200, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 100, 50)
     got = media.resize(red, 60, 80, mode="pad")
     assert (got[:, :, 25:55] == red[:, :1, :1]).all()  # 100 x 50 -> 60 x 30, centred in 80 columns
-    assert (got[:, :, :25] == 255).all()
-    assert (got[:, :, 55:] == 255).all()
+    assert (got[:, :, :25] == 255).all() and (got[:, :, 55:] == 255).all()
     with pytest.raises(ValueError, match="'squash': use 'crop' or 'pad'"):
         media.resize(red, 60, 80, mode="squash")
 
@@ -249,8 +248,7 @@ def test_frames_are_the_nearest_in_time(irregular, fps, window):
     wanted = start + np.arange(frames) / fps
     expected = [LEVELS[np.abs(STAMPS / 1000 - moment).argmin()] for moment in wanted]
     clip = media.read_clip(irregular, frames, fps, 16, 16, window)
-    assert clip.shape == (3, frames, 16, 16)
-    assert clip.dtype == torch.uint8
+    assert (clip.shape, clip.dtype) == ((3, frames, 16, 16), torch.uint8)
     assert np.abs(clip.float().mean((0, 2, 3)).numpy() - expected).max() < 2
 
 

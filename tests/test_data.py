@@ -1,0 +1,340 @@
+"""Rows, seeded batches and the check of a folder, on the media of this repository and broken copies."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdv import data, media
+from sdv.data import Clips, Pairs, batches, check_size, count_tokens
+
+MEDIA = Path(__file__).parent / "media"
+
+
+def write(folder: Path, *rows) -> Path:
+    """metadata.jsonl of dictionaries or raw lines."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def pair(n: int, prompt: str = "a dot") -> dict:
+    return {"reference_file_name": f"{n}.png", "target_file_name": f"{n}.png", "prompt": prompt}
+
+
+@pytest.fixture(scope="module")
+def dots(tmp_path_factory):
+    """Ten pairs whose grey level is ten times their row."""
+    folder = tmp_path_factory.mktemp("dots")
+    for n in range(10):
+        media.write_image(folder / f"{n}.png", torch.full((3, 16, 24), 10 * n, dtype=torch.uint8))
+    return write(folder, *(pair(n, f"dot {n}") for n in range(10)))
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory):
+    """Three clips of three seconds whose grey level rises with every frame."""
+    folder = tmp_path_factory.mktemp("ramps")
+    levels = torch.arange(48, dtype=torch.uint8).reshape(1, 48, 1, 1) * 5
+    for n in range(3):
+        media.write_video(folder / f"{n}.mp4", levels.expand(3, 48, 32, 48), 16)
+        (folder / f"{n}.txt").write_text(f"ramp {n}")
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A pairs folder with one good picture, to be broken."""
+    media.write_image(tmp_path / "0.png", torch.zeros(3, 16, 16, dtype=torch.uint8))
+    return tmp_path
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+
+
+def take(n: int, *args, **options) -> list[dict]:
+    return list(islice(batches(*args, **options), n))
+
+
+# Sizes
+
+
+def test_tokens_are_the_papers():
+    assert count_tokens(480, 720) == (226, 1350, 1350)
+    assert count_tokens(480, 720).total == 2926
+    assert count_tokens(480, 720, 49).total == 19126
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ((488, 720), "height 488 is not a multiple of 16 .*: use 480 or 496"),
+        ((480, 8), "width 8 is not a multiple of 16 .*: use 16 or 32"),
+        ((480, 720, 50), "50 frames are not 4k [+] 1: use 49 or 53"),
+        ((480, 720, 0), "0 frames are not 4k [+] 1: use 1 or 5"),
+        ((480, 720, 49, 16), "height|width"),
+    ],
+)
+def test_sizes_that_do_not_fit_name_those_that_do(size, message):
+    with pytest.raises(ValueError, match=message):
+        check_size(*size)
+
+
+# Items
+
+
+def test_pair_is_the_fitted_pictures_and_the_marked_prompt():
+    pairs = Pairs(MEDIA / "pairs", 64, 96)
+    item = pairs[2]
+    rows = [json.loads(line) for line in (MEDIA / "pairs" / "metadata.jsonl").read_text().splitlines()]
+    assert len(pairs) == len(rows)
+    assert item["prompt"] == "<cls> " + rows[2]["prompt"]
+    assert item["row"] == "metadata.jsonl:3 tiles.jpg"
+    for view, name in (("ref", "tiles.jpg"), ("target", "roots.jpg")):
+        assert torch.equal(item[view], media.fit(media.read_image(MEDIA / "pairs" / name), 64, 96))
+        assert item[view].min() >= -1
+        assert item[view].max() <= 1
+    assert Pairs(MEDIA / "pairs", 64, 96, cls_token="")[2]["prompt"] == rows[2]["prompt"]
+
+
+def test_clip_is_read_at_the_training_rate():
+    clips = Clips(MEDIA / "clips", 9, 8, 48, 64)
+    expected = media.from_uint8(media.read_clip(MEDIA / "clips" / "bunny.mp4", 9, 8, 48, 64))
+    assert torch.equal(clips[0]["clip"], expected)
+    assert expected.shape == (3, 9, 48, 64)
+    assert clips[0]["prompt"].startswith("A big grey cartoon rabbit")
+
+
+def test_captions_may_lie_beside_the_clips(tmp_path):
+    for name in ("b.mp4", "a.MP4"):
+        shutil.copy(MEDIA / "clips" / "samoyed.mp4", tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f" Ein Hund – {name}\n", encoding="utf-8")
+    clips = Clips(tmp_path, 1, 8, 16, 16)
+    assert [clips[i]["prompt"] for i in range(2)] == ["Ein Hund – a.MP4", "Ein Hund – b.mp4"]
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 rows are bad:\n  b\.mp4: no prompt; write one in b\.txt"):
+        Clips(tmp_path, 1, 8, 16, 16)
+
+
+def test_jitter_moves_each_view_by_itself_and_stays_inside():
+    still, moved = Pairs(MEDIA / "pairs", 64, 96), Pairs(MEDIA / "pairs", 64, 96, jitter=0.3)
+    (still.rows, moved.rows) = ([row._replace(files=(row.files[0],) * 2) for row in still.rows],) * 2
+    for a, b in zip(take(4, still, 1, 0), take(4, moved, 1, 0), strict=True):
+        assert a["row"] == b["row"]
+        assert torch.equal(a["ref"], a["target"])
+        assert not torch.equal(b["ref"], b["target"])
+        assert not torch.equal(a["ref"], b["ref"])
+        assert b["ref"].shape == a["ref"].shape
+    assert_equal(take(4, moved, 1, 0)[3], take(1, moved, 1, 0, start=3)[0])
+
+
+# Order
+
+
+def test_every_epoch_is_another_permutation(dots):
+    order = [n for batch in take(15, Pairs(dots, 16, 24), 2, seed=5) for n in batch["prompt"]]
+    epochs = [tuple(order[i : i + 10]) for i in (0, 10, 20)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len(set(epochs[0])) == 10
+    assert len(set(epochs)) == 3
+    assert order != [n for batch in take(15, Pairs(dots, 16, 24), 2, seed=6) for n in batch["prompt"]]
+
+
+def test_batches_pair_the_right_pixels_with_the_prompt(dots):
+    for batch in take(4, Pairs(dots, 16, 24), 3, 0):
+        levels = (batch["ref"].mean((1, 2, 3)) * 127.5 + 127.5).round() / 10
+        assert [f"<cls> dot {int(n)}" for n in levels] == batch["prompt"]
+
+
+def test_every_row_comes_equally_often():
+    counts = Counter(data.locate(0, k, 10)[1] for k in range(1000))
+    assert counts == dict.fromkeys(range(10), 100)
+    assert [data.locate(0, k, 10)[0] for k in (0, 9, 10, 999)] == [0, 0, 1, 99]
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_workers_and_resume_change_nothing(dots, ramps, start):
+    for dataset in (Pairs(dots, 16, 24, jitter=0.5), Clips(ramps, 5, 8, 32, 48, window="random")):
+        whole = take(7, dataset, 2, seed=3)
+        for batch, other in zip(whole[start:], take(7 - start, dataset, 2, 3, start, workers=2), strict=True):
+            assert_equal(batch, other)
+
+
+def test_random_windows_lie_anywhere_in_the_clip(ramps):
+    clips = Clips(ramps, 5, 8, 32, 48, window="random")
+    starts = torch.cat([batch["clip"][:, 0, 0].mean((1, 2)) for batch in take(10, clips, 3, 0)])
+    frame = ((starts * 127.5 + 127.5) / 5).round()  # the last start that fits is frame 47 - 4 x 2
+    assert frame.min() < 8
+    assert 31 < frame.max() <= 39
+    assert len(set(frame.tolist())) > 12
+    assert (Clips(ramps, 5, 8, 32, 48)[0]["clip"][:, 0] < -0.98).all()
+
+
+def test_ranks_cut_the_global_batch_without_overlap(dots):
+    dataset = Pairs(dots, 16, 24, jitter=0.5)
+    whole = take(5, dataset, 4, seed=1)
+    ranks = [take(5, dataset, 2, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    for batch, left, right in zip(whole, *ranks, strict=True):
+        assert batch["row"] == left["row"] + right["row"]
+        assert torch.equal(batch["ref"], torch.cat([left["ref"], right["ref"]]))
+    rows = [row for part in ranks for batch in part[:2] for row in batch["row"]]
+    assert len(set(rows)) == len(rows) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchs_own_generator_is_left_alone(dots, workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(2, Pairs(dots, 16, 24, jitter=0.5), 2, 0, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"seed": -1}, {"start": -1}, {"rank": 2, "world": 2}])
+def test_impossible_batches_are_refused_at_once(dots, wrong):
+    with pytest.raises(ValueError, match="out of range"):
+        batches(Pairs(dots, 16, 24), **({"batch_size": 1, "seed": 0} | wrong))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"reference_file_name": ', r"metadata\.jsonl:2: broken JSON .*write one object a line"),
+        ("[1, 2]", r"metadata\.jsonl:2: is a list; write an object"),
+        ({**pair(0), "prompt": None}, r"metadata\.jsonl:2: prompt is None; write a text"),
+        ({**pair(0), "prompt": "  "}, r"metadata\.jsonl:2: prompt is '  '"),
+        ({**pair(0), "target_file_name": 3}, r"metadata\.jsonl:2: target_file_name is 3"),
+        ({"reference_file_name": "0.png", "target_file_name": "0.png"}, "prompt is missing"),
+        ({"file_name": "0.png", "prompt": "x"}, "reference_file_name is missing"),
+        (pair(7), r"metadata\.jsonl:2: reference_file_name 7\.png is not in .*; fix the name"),
+        ({**pair(0), "target_file_name": "../0.png"}, "leaves the folder; use a path inside"),
+        ({**pair(0), "target_file_name": "/etc/passwd"}, "leaves the folder"),
+        ('{"prompt": "\xff"}'.encode("latin-1"), r"metadata\.jsonl:2: broken JSON"),
+    ],
+)
+def test_bad_rows_are_found_before_training(copy, row, message):
+    good = json.dumps(pair(0)).encode()
+    raw = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+    (copy / "metadata.jsonl").write_bytes(good + b"\r\n" + raw + b"\n\n")
+    with pytest.raises(ValueError, match=r"1 of 2 rows are bad:\n  .*") as error:
+        Pairs(copy, 16, 16)
+    assert error.match(message)
+    assert str(copy) in str(error.value)
+
+
+def test_many_bad_rows_are_counted_and_the_first_five_listed(copy):
+    write(copy, pair(0), *(pair(n) for n in range(1, 10)))
+    with pytest.raises(ValueError, match="9 of 10 rows are bad") as error:
+        Pairs(copy, 16, 16)
+    assert [f"jsonl:{n}:" in str(error.value) for n in range(2, 11)] == [True] * 5 + [False] * 4
+
+
+def test_folders_without_rows_are_refused(copy):
+    with pytest.raises(FileNotFoundError, match="gone: no such folder"):
+        Pairs(copy / "gone", 16, 16)
+    with pytest.raises(
+        FileNotFoundError, match=r"no metadata\.jsonl; write it, one object with reference_file"
+    ):
+        Pairs(copy, 16, 16)
+    with pytest.raises(ValueError, match="holds no rows; give it .* file_name and prompt"):
+        Clips(copy, 5, 8, 16, 16)
+    with pytest.raises(ValueError, match="holds no rows"):
+        Pairs(write(copy, "", " "), 16, 16)
+    with pytest.raises(ValueError, match="window 'last': use 'first' or 'random'"):
+        Clips(MEDIA / "clips", 5, 8, 16, 16, window="last")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_in_training_is_one_error_with_its_row(copy, workers):
+    """The check of rows does not decode; what it could not see is still told in one clear line."""
+    (copy / "0.png").write_bytes((copy / "0.png").read_bytes()[:-30])
+    with pytest.raises(
+        ValueError, match=r"^metadata\.jsonl:1 0\.png: .*0\.png: cannot be decoded as a picture"
+    ):
+        next(batches(Pairs(write(copy, pair(0)), 16, 16), 1, 0, workers=workers))
+
+
+def test_clips_too_short_are_refused_with_both_durations():
+    feed = batches(Clips(MEDIA / "clips", 49, 8, 16, 16), 3, 0)
+    with pytest.raises(
+        ValueError, match=r"^metadata\.jsonl:\d .*lasts (1\.52|5\.28) s, but 49 frames at 8 fps"
+    ):
+        next(feed)
+
+
+# Command line
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    code = data.main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def test_check_passes_the_vendored_media(capsys):
+    code, out, _ = run(capsys, "check", MEDIA / "clips", "--frames", 13)
+    assert code == 0
+    assert "ok   metadata.jsonl:3 samoyed.mp4: 960x540, 41 frames in 1.52 s, variable rate" in out
+    assert "3 clips: 3 ok, 0 bad" in out
+    assert "motion sample, 13 x 480 x 720: 6,976 tokens = text 226 + ref 1,350 + video 5,400" in out
+    code, out, _ = run(capsys, "check", MEDIA / "pairs")
+    assert code == 0
+    assert "ok   metadata.jsonl:3 tiles.jpg: tiles.jpg 1024x768, roots.jpg 510x340" in out
+    assert "identity sample, 1 x 480 x 720: 2,926 tokens" in out
+    assert "motion sample, 49 x 480 x 720: 19,126 tokens" in out
+
+
+def test_check_names_every_bad_row(capsys, copy):
+    (copy / "1.png").write_bytes(b"\x89PNG but not really")
+    write(copy, pair(0), pair(1), "{", pair(2))
+    code, out, _ = run(capsys, "check", copy)
+    assert code == 1
+    assert sorted(line[:26] for line in out.splitlines() if line.startswith("BAD")) == [
+        "BAD  metadata.jsonl:2 1.pn",
+        "BAD  metadata.jsonl:3: bro",
+        "BAD  metadata.jsonl:4: ref",
+    ]
+    assert "4 pairs: 1 ok, 3 bad" in out
+
+
+def test_check_explains_what_it_cannot_do(capsys, tmp_path):
+    for words, message in (
+        ((tmp_path / "gone",), "no such folder"),
+        ((tmp_path,), "holds no rows"),
+        ((MEDIA / "clips", "--frames", 12), "use 9 or 13"),
+        ((MEDIA / "clips", "--width", 725), "use 720 or 736"),
+    ):
+        code, _, err = run(capsys, "check", *words)
+        assert code == 1
+        assert err.startswith("error: ")
+        assert message in err
+
+
+def test_check_is_a_command():
+    words = [sys.executable, "-m", "sdv.data", "check", MEDIA / "clips", "--fps", "8"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "3 clips: 1 ok, 2 bad" in done.stdout
+    assert done.stderr == ""
+
+
+# The media of this repository
+
+
+def test_vendored_media_are_small_and_attributed():
+    files = [path for path in MEDIA.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 5_000_000
+    text = (MEDIA / "ATTRIBUTION.md").read_text()
+    for path in files:
+        if path.suffix in (".jpg", ".mp4"):
+            assert f"`{path.relative_to(MEDIA)}`" in text
