@@ -18,7 +18,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha = rank, alpha
-        self.dropout, self.merged = 0.0, False  # dropout: of A's input, in train mode; a matter of training only
+        self.dropout, self.merged = 0.0, False  # dropout of A's input, in train mode only
         out_features, *fan_in = base.weight.shape  # a convolution's A has its kernel, its B is 1 x 1
         ones = [1] * (len(fan_in) - 1)
         self.lora_A = nn.Parameter(torch.empty(rank, *fan_in, device=base.weight.device))
