@@ -1,0 +1,110 @@
+"""One LoRA training step of the transformer, ours beside diffusers + peft, on this machine's CPU.
+
+    python benchmarks/dit.py            # prints a table and writes benchmarks/dit.csv
+
+Full width (48 x 64 heads, 226 text tokens), two of the 42 layers, random weights, rank 128, the reference as
+one clean frame before a one-frame target: what an identity step does, at 240 x 368. The two take turns in
+processes of their own; the ratio is taken pair by pair.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+LAYERS, RANK, ALPHA = 2, 128, 64.0
+SIZE = (1, 16, 1, 30, 46)  # one latent frame of 240 x 368 pixels
+SUFFIXES = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj"]
+SUFFIXES += ["norm1.linear", "norm2.linear", "ff.net.2"]
+
+
+def ours():
+    from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+    from sdv.lora import add_lora
+
+    dit = CogVideoXDiT(CogVideoXConfig(layers=LAYERS))
+    add_lora(dit, RANK, ALPHA, dit.lora_targets)
+    return dit, lambda video, t, text, ref: dit(video, t, text, ref)
+
+
+def diffusers():
+    from diffusers import CogVideoXTransformer3DModel
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+    from peft import LoraConfig
+
+    dit = CogVideoXTransformer3DModel(
+        num_attention_heads=48, num_layers=LAYERS, use_rotary_positional_embeddings=True
+    )
+    dit.requires_grad_(False)
+    dit.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=SUFFIXES))
+    grid = SIZE[3] // 2, SIZE[4] // 2
+    crop = get_resize_crop_region_for_grid(grid, 45, 30)
+
+    def predict(video, t, text, ref):
+        frames = torch.cat([ref, video], dim=2).transpose(1, 2)
+        rope = get_3d_rotary_pos_embed(64, crop, grid, frames.shape[1])
+        return dit(frames, text, t, image_rotary_emb=rope, return_dict=False)[0][:, 1:].transpose(1, 2)
+
+    return dit, predict
+
+
+def child(who: str, dtype: torch.dtype, repeats: int) -> dict:
+    """Median seconds of a forward and backward pass, and the growth of the process's peak memory in GB."""
+    torch.manual_seed(0)
+    dit, predict = {"ours": ours, "diffusers": diffusers}[who]()
+    for parameter in dit.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    video, ref = torch.randn(SIZE, dtype=dtype), torch.randn(SIZE, dtype=dtype)
+    text, t = torch.randn(1, 226, 4096, dtype=dtype), torch.tensor([500])
+    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        predict(video, t, text, ref).float().square().mean().backward()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": statistics.median(seconds[1:]), "gigabytes": (peak - before) * 1024 / 1e9}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--pairs", type=int, default=5, help="turns that each side takes")
+    parser.add_argument("--repeats", type=int, default=3, help="steps in a turn")
+    parser.add_argument("--child", nargs=2, metavar=("WHO", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args.child[0], getattr(torch, args.child[1]), args.repeats)))
+        return
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        turns = {"ours": [], "diffusers": []}
+        for who in ("ours", "diffusers") * args.pairs:
+            command = [sys.executable, __file__, "--child", who, dtype, "--repeats", str(args.repeats)]
+            turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+        for field in ("seconds", "gigabytes"):
+            a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))
+            ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+            mine, theirs = statistics.median(a), statistics.median(b)
+            rows.append([dtype, field, mine, theirs, ratio])
+            print(f"{dtype:9} {field:10} ours {mine:.3f}  diffusers {theirs:.3f}  ratio {ratio:.3f}")
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dtype", "what", "ours", "diffusers + peft", "median ratio", "machine", "torch", "date"])
+        machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        for row in rows:
+            writer.writerow([*row, machine, torch.__version__, str(datetime.date.today())])
+
+
+if __name__ == "__main__":
+    main()
