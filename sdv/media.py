@@ -113,6 +113,7 @@ class Timeline(NamedTuple):
     pts: np.ndarray  # (n,) integer stamps of the container
     seconds: np.ndarray  # (n,) the same, counted from the first frame
     end: float  # seconds at which the last frame leaves the screen
+    keys: list[tuple[int, int]]  # (presentation, decoding) stamps of the keyframes
 
 
 class ClipInfo(NamedTuple):
@@ -136,7 +137,7 @@ def read_clip(
     check_length(path, line.end, frames, fps)
     start = window * max(0.0, line.seconds[-1] - span)
     chosen = line.pts[nearest(line.seconds, start + np.arange(frames) / fps)].tolist()
-    shown = _decode(path, chosen, height, width)
+    shown = _decode(path, chosen, line.keys, height, width)
     return torch.stack([shown[pts] for pts in chosen], dim=1)
 
 
@@ -204,12 +205,16 @@ def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
 
 def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     """Read packets only, stopping once every frame shown up to `until` seconds has been met."""
-    shown: list[tuple[int, int]] = []
+    shown, keys = [], []
     first = after = math.inf
     with _opened(path) as (container, stream):
         unit = stream.time_base
         for packet in container.demux(stream):
-            if packet.pts is None or packet.is_discard:  # discard: cut away by the container's edit list
+            if packet.pts is None:
+                continue
+            if packet.is_keyframe:
+                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+            if packet.is_discard:  # cut away by the container's edit list
                 continue
             shown.append((packet.pts, packet.duration or 0))
             first = min(first, packet.pts)
@@ -223,16 +228,19 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     pts = np.array([stamp for stamp, _ in shown])
     seconds = (pts - pts[0]) * float(unit)
     tail = shown[-1][1] * float(unit) or seconds[-1] / max(1, len(pts) - 1)
-    return Timeline(pts, seconds, float(seconds[-1] + tail))
+    return Timeline(pts, seconds, float(seconds[-1] + tail), keys)
 
 
-def _decode(path: str | Path, stamps: list[int], height: int, width: int) -> dict[int, torch.Tensor]:
-    """The frames with these stamps, resized. Seeks; where that loses one, reads again from the start."""
-    for seek in (True, False):
+def _decode(
+    path: str | Path, stamps: list[int], keys: list[tuple[int, int]], height: int, width: int
+) -> dict[int, torch.Tensor]:
+    """The frames with these stamps, resized: from the keyframe before them, or else from the file's start."""
+    key = max((dts for pts, dts in keys if pts <= min(stamps)), default=None)  # containers seek by dts
+    for start in dict.fromkeys((key, None)):
         missing, shown = set(stamps), {}
         with _opened(path) as (container, stream):
-            if seek:
-                container.seek(min(missing), stream=stream)
+            if start is not None:
+                container.seek(start, stream=stream)
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     break
