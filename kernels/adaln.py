@@ -1,23 +1,54 @@
-"""Adaptive LayerNorm and the gated residual, per segment of tokens (text | ref | video) or per token."""
+"""Adaptive LayerNorm and the gated residual of a transformer block, one modulation per segment of tokens.
+
+    h   = x + gate * y                          the branch y returns to the residual stream
+    out = LN(h) * (1 + scale) + shift           and the next linear reads this
+    LN(h) = (h - mean) / sqrt(var + eps) * weight + bias
+
+A token takes the gate, scale and shift of its segment: text and video have their own, so may a clean
+reference frame, or every token has one. All segments go in one launch, and either line can be had alone.
+
+    tokens      | text    | ref     | video                          |
+    programs    | 0  | 1  | 2  | 3  | 4  | 5  | 6  | 7  | 8  | ..     |   each walks down rows of ONE segment,
+    modulation  | row 0   | row 1   | row 2                          |   its modulation held in registers
+
+Because a program stays inside a segment, backward is easy too. The gradient of a scale is a sum over rows of
+its segment: each program adds its rows up in fp32 registers and writes one partial sum, and the partial sums
+are added in the order of the programs. No atomics: the same bits every time. n = (h - mean) / std, g = d(out)
+
+    A = sum g n,  C = sum g       d(scale) = weight A + bias C    d(weight) = (1 + scale) A    d(shift) = C
+    w = g (1 + scale) weight      d(h) = incoming + (w - mean(w) - n mean(w n)) / std
+    d(x) = d(h)                   d(y) = gate d(h)                d(gate) = sum d(h) y
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import require, wide
+from .dispatch import launch, processors, require, run, use_triton, wide
 
 Segments = tuple[int, ...] | None
+WIDEST = 16384  # a row lives in the registers of one program
+
+
+class Tile(NamedTuple):
+    per_thread: int  # numbers of a row
+    stages: int  # rows in flight
+    programs: int  # per multiprocessor
+
+
+# Chosen 2026-11 by the compiler's registers and spills, not timed on any chip.
+TILES = {"forward": Tile(16, 3, 8), "backward": Tile(8, 4, 2)}
 
 
 def adaln_reference(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    segments: Segments = None,
-) -> Tensor:
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, segments: Segments = None,
+) -> Tensor:  # fmt: skip
     """LN(x) * (1 + scale) + shift in fp32."""
     dtype = wide(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
@@ -46,75 +77,305 @@ def _by_segment(f, segments: Segments, rows: tuple[Tensor, ...], modulation: tup
 
 
 def gated_residual_adaln_reference(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    segments: Segments = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, segments: Segments = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The residual stream after the gate, and its adaptive LayerNorm."""
     out = gated_residual_reference(x, y, gate, segments)
     return out, adaln_reference(out, scale, shift, weight, bias, eps, segments)
 
 
-def adaln(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    segments: Segments = None,
-) -> Tensor:
-    """LN(x) * (1 + scale) + shift. x (B, L, D); scale, shift (B, S, D); weight, bias (D,) affine the LN.
+# ---- kernels ---------------------------------------------------------------------------------------------
+# An argument that is None drops out of the compiled kernel. xS: the strides of x in (batch, token).
 
-    segments: S lengths that sum to L, one modulation each; None needs S = 1 (whole) or S = L (one per token).
+
+@triton.jit
+def _row(x, strides, b, i, d, D):
+    """Row (b, i) of x (B, any, D) in fp32."""
+    start = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(i, tl.int64) * strides[1]
+    return tl.load(start + d, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(x, i, d, D, row):
+    tl.store(x + i * D + d, row.to(x.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _factor(scale, scaleS, weight, b, i, d, D):
+    """(1 + scale) weight"""
+    factor = 1.0 + _row(scale, scaleS, b, i, d, D)
+    if weight is not None:
+        factor *= _row(weight, (0, 0), b, 0, d, D)
+    return factor
+
+
+@triton.jit
+def _offset(scale, scaleS, shift, shiftS, bias, b, i, d, D):
+    """(1 + scale) bias + shift"""
+    offset = _row(shift, shiftS, b, i, d, D)
+    if bias is not None:
+        offset += (1.0 + _row(scale, scaleS, b, i, d, D)) * _row(bias, (0, 0), b, 0, d, D)
+    return offset
+
+
+@triton.jit
+def _forward_kernel(x, xS, y, yS, gate, gateS, scale, scaleS, shift, shiftS, weight, bias, h, out, stats, eps,
+                    plan, L, D, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    p, b, d = tl.program_id(0) * 3, tl.program_id(1), tl.arange(0, BLOCK)
+    segment, first, end = tl.load(plan + p), tl.load(plan + p + 1), tl.load(plan + p + 2)
+    if gate is not None:
+        gate_row = _row(gate, gateS, b, segment, d, D)
+    if scale is not None:
+        factor = _factor(scale, scaleS, weight, b, segment, d, D)
+        offset = _offset(scale, scaleS, shift, shiftS, bias, b, segment, d, D)
+
+    for i in tl.range(first, end, num_stages=STAGES):
+        token = tl.cast(b, tl.int64) * L + i
+        row = _row(x, xS, b, i, d, D)
+        if gate is not None:
+            row += gate_row * _row(y, yS, b, i, d, D)
+            _put(h, token, d, D, row)
+            row = row.to(h.dtype.element_ty).to(tl.float32)  # the norm reads what was stored
+        if scale is not None:
+            mean = tl.sum(row) / D
+            row = tl.where(d < D, row - mean, 0.0)
+            rstd = tl.rsqrt(tl.sum(row * row) / D + eps)
+            _put(out, token, d, D, row * rstd * factor + offset)
+            tl.store(stats + token * 2, mean)
+            tl.store(stats + token * 2 + 1, rstd)
+
+
+@triton.jit
+def _backward_kernel(dh, dhS, dout, doutS, h, hS, y, yS, gate, gateS, scale, scaleS, weight, stats, dx, dy,
+                     sums, gate_sums, plan, L, D, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """sums (B, programs, 2, D) take the partial A and C, gate_sums (B, programs, D) the partial d(gate)."""
+    p, b, d = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
+    segment, first, end = tl.load(plan + p * 3), tl.load(plan + p * 3 + 1), tl.load(plan + p * 3 + 2)
+    a_sum = tl.zeros([BLOCK], tl.float32)
+    c_sum = tl.zeros([BLOCK], tl.float32)
+    gate_sum = tl.zeros([BLOCK], tl.float32)
+    if gate is not None:
+        gate_row = _row(gate, gateS, b, segment, d, D)
+    if dout is not None:
+        factor = _factor(scale, scaleS, weight, b, segment, d, D)
+
+    for i in tl.range(first, end, num_stages=STAGES):
+        token = tl.cast(b, tl.int64) * L + i
+        total = tl.zeros([BLOCK], tl.float32)
+        if dh is not None:
+            total = _row(dh, dhS, b, i, d, D)
+        if dout is not None:
+            grad = _row(dout, doutS, b, i, d, D)
+            mean, rstd = tl.load(stats + token * 2), tl.load(stats + token * 2 + 1)
+            n = tl.where(d < D, (_row(h, hS, b, i, d, D) - mean) * rstd, 0.0)
+            w = grad * factor
+            w_sum, wn_sum = tl.split(tl.sum(tl.join(w, w * n), 0))  # one exchange between warps, not two
+            total += (w - w_sum / D - n * (wn_sum / D)) * rstd
+            _put(dx, token, d, D, total)
+            if sums is not None:
+                a_sum += grad * n
+                c_sum += grad
+        if gate is not None:
+            _put(dy, token, d, D, gate_row * total)
+            if gate_sums is not None:
+                gate_sum += total * _row(y, yS, b, i, d, D)
+
+    slot = tl.cast(b, tl.int64) * tl.num_programs(0) + p
+    if sums is not None:
+        _put(sums, slot * 2, d, D, a_sum)
+        _put(sums, slot * 2 + 1, d, D, c_sum)
+    if gate_sums is not None:
+        _put(gate_sums, slot, d, D, gate_sum)
+
+
+# ---- from torch to the kernels and back ------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _cut(L: int, S: int, segments: Segments, programs: int, device: torch.device) -> tuple[Tensor, tuple]:
+    """((segment, first row, end) of each program, programs per segment), about `programs` in all."""
+    rows = triton.cdiv(L, max(1, programs - S + 1))
+    plan, counts, start = [], [], 0
+    for s, n in enumerate(segments or [L // S] * S):
+        cuts = range(start, start + max(n, 1), rows)  # an empty segment has a program too: its sums are zero
+        plan += [(s, cut, min(cut + rows, start + n)) for cut in cuts]
+        counts, start = [*counts, len(cuts)], start + n
+    return torch.tensor(plan, dtype=torch.int32, device=device), tuple(counts)
+
+
+def _strided(x: Tensor | None) -> tuple:
+    """A (B, any, D) tensor as a kernel takes it: (pointer, strides of the first two)."""
+    if x is not None and x.stride(2) != 1:  # a stride-0 gradient, for one
+        x = x.contiguous()
+    return x, (0, 0) if x is None else x.stride()[:2]
+
+
+def _add_up(sums: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """(B, programs, ..) -> (B, S, ..), in the order of the programs."""
+    if not sums.numel() or max(counts) == 1:
+        return sums
+    return torch.stack([part.sum(1) for part in sums.split(counts, 1)], 1)
+
+
+def _plan(x: Tensor, modulation: Tensor, segments: list[int] | None, tile: Tile) -> tuple[Tensor, tuple]:
+    B, L, _ = x.shape
+    segments = None if segments is None else tuple(segments)
+    return _cut(L, modulation.shape[1], segments, tile.programs * processors(x) // B, x.device)
+
+
+def _launch(kernel, x: Tensor, tile: Tile, plan: Tensor, *arguments):
+    B, L, D = x.shape
+    block = triton.next_power_of_2(D)
+    warps = min(max(block // (32 * tile.per_thread), 1), 16)
+    meta = {"BLOCK": block, "STAGES": tile.stages, "num_warps": warps, "num_stages": 2}
+    launch(kernel, (len(plan), B), *arguments, plan, L, D, **meta)
+
+
+def _empty(x: Tensor, gated: bool, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((*x.shape[:2], 2) if normed else 0, dtype=torch.float32)
+    return x.new_empty(x.shape if gated else 0), x.new_empty(x.shape if normed else 0), stats
+
+
+def _forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, segments: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(h, out, mean and 1 / std of every row); without a gate h is empty, without a scale the other two."""
+    h, out, stats = _empty(x, gate is not None, scale is not None)
+    plan, _ = _plan(x, scale if gate is None else gate, segments, TILES["forward"])
+    tensors = [part for t in (x, y, gate, scale, shift) for part in _strided(t)]
+    _launch(_forward_kernel, x, TILES["forward"], plan, *tensors, weight, bias, h, out, stats, eps)
+    return h, out, stats
+
+
+def _backward(
+    dh: Tensor | None, dout: Tensor | None, h: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None, stats: Tensor, segments: list[int] | None, sums_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """d(h) with a dout, d(y) with a gate, (A, C) if sums_wanted, d(gate) with a y; else empty."""
+    g, m = dh if dout is None else dout, scale if gate is None else gate
+    plan, counts = _plan(g, m, segments, TILES["backward"])
+    shape = g.shape[0], len(plan), 2, g.shape[2]
+    dx, dy, sums, gate_sums = _gradients(
+        g, shape, dout is not None, gate is not None, sums_wanted, y is not None
+    )
+    tensors = [part for t in (dh, dout, h, y, gate, scale) for part in _strided(t)]
+    wanted = (s if s.numel() else None for s in (sums, gate_sums))
+    _launch(_backward_kernel, g, TILES["backward"], plan, *tensors, weight, stats, dx, dy, *wanted)
+    return dx, dy, _add_up(sums, counts), _add_up(gate_sums, counts)
+
+
+def _gradients(g: Tensor, shape: tuple, normed: bool, gated: bool, sums: bool, gate_sums: bool):
+    dx, dy = (g.new_empty(g.shape if wanted else 0) for wanted in (normed, gated))
+    B, n, _, D = shape
+    sums = g.new_empty(shape if sums else 0, dtype=torch.float32)
+    return dx, dy, sums, g.new_empty((B, n, D) if gate_sums else 0, dtype=torch.float32)
+
+
+_adaln = torch.library.custom_op("sdv::adaln", _forward, mutates_args=())
+_adaln_backward = torch.library.custom_op("sdv::adaln_backward", _backward, mutates_args=())
+
+
+@_adaln.register_fake
+def _(x, y, gate, scale, shift, weight, bias, eps, segments):
+    return _empty(x, gate is not None, scale is not None)
+
+
+@_adaln_backward.register_fake
+def _(dh, dout, h, y, gate, scale, weight, stats, segments, sums_wanted):
+    g, (B, S, D) = dh if dout is None else dout, (scale if gate is None else gate).shape
+    return _gradients(g, (B, S, 2, D), dout is not None, gate is not None, sums_wanted, y is not None)
+
+
+def _save(ctx, inputs, output):
+    """Keeps y only if the gate learns: where modulation is frozen, as under LoRA, its memory is free."""
+    x, y, gate, scale, _, weight, bias, _, ctx.segments = inputs
+    h, _, stats = output
+    h = None if scale is None else x if gate is None else h
+    y = y if ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(h, y, gate, scale, weight, bias, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _grads(ctx, dh, dout, _dstats):
+    """Gradients may be wider than their inputs: autograd rounds them to the input's dtype."""
+    h, y, gate, scale, weight, bias, stats = ctx.saved_tensors
+    learns = any(ctx.needs_input_grad[3:7])
+    if dout is None:  # only the residual stream was used
+        h = scale = weight = bias = None
+    if gate is None and dout is None:
+        return (None,) * 9
+    dx, dy, sums, dgate = _adaln_backward(
+        dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns and dout is not None
+    )
+    dx, dy, dgate = dh if dout is None else dx, None if gate is None else dy, None if y is None else dgate
+    if not sums.numel():
+        return dx, dy, dgate, *(None,) * 6
+    a, c = sums.unbind(2)
+    dscale = a if weight is None else weight * a
+    dscale = dscale if bias is None else dscale + bias * c
+    dweight = None if weight is None else ((1 + scale.float()) * a).sum((0, 1))
+    dbias = None if bias is None else ((1 + scale.float()) * c).sum((0, 1))
+    return dx, dy, dgate, dscale, c, dweight, dbias, None, None
+
+
+_adaln.register_autograd(_grads, setup_context=_save)
+
+
+# ---- the contract ----------------------------------------------------------------------------------------
+
+
+def adaln(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, segments: Segments = None,
+) -> Tensor:  # fmt: skip
+    """LN(x) * (1 + scale) + shift. x (B, L, D); scale, shift (B, S, D); weight, bias (D,) belong to the LN.
+
+    segments: S lengths that sum to L, each with its scale and shift; None takes S = 1 or S = L (one a token).
     """
-    _check("adaln", x, segments, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
-    return adaln_reference(x, scale, shift, weight, bias, eps, segments)
+    _check("adaln", x, None, segments, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
+    if not use_triton(x):
+        return adaln_reference(x, scale, shift, weight, bias, eps, segments)
+    return run(_adaln, x, None, None, scale, shift, weight, bias, eps, segments and list(segments))[1]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, segments: Segments = None) -> Tensor:
-    """x + gate * y. x, y (B, L, D); gate (B, S, D), segments as in `adaln`."""
-    require(x.shape == y.shape, f"gated_residual: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
-    _check("gated_residual", x, segments, {"gate": gate}, {})
-    return gated_residual_reference(x, y, gate, segments)
+    """x + gate * y. x, y (B, L, D); gate (B, S, D); segments as in `adaln`."""
+    _check("gated_residual", x, y, segments, {"gate": gate}, {})
+    if not use_triton(x):
+        return gated_residual_reference(x, y, gate, segments)
+    return run(_adaln, x, y, gate, None, None, None, None, 0.0, segments and list(segments))[0]
 
 
 def gated_residual_adaln(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    segments: Segments = None,
-) -> tuple[Tensor, Tensor]:
-    """h = x + gate * y, and adaln(h): the residual stream, and what feeds the next linear. One pass over memory."""
-    require(x.shape == y.shape, f"gated_residual_adaln: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, segments: Segments = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h, adaln(h)) of h = x + gate * y: the residual stream and what the next linear reads, in one pass."""
     modulation = {"gate": gate, "scale": scale, "shift": shift}
-    _check("gated_residual_adaln", x, segments, modulation, {"weight": weight, "bias": bias})
-    return gated_residual_adaln_reference(x, y, gate, scale, shift, weight, bias, eps, segments)
+    _check("gated_residual_adaln", x, y, segments, modulation, {"weight": weight, "bias": bias})
+    if not use_triton(x):
+        return gated_residual_adaln_reference(x, y, gate, scale, shift, weight, bias, eps, segments)
+    return run(_adaln, x, y, gate, scale, shift, weight, bias, eps, segments and list(segments))[:2]
 
 
 def _check(
-    name: str, x: Tensor, segments: Segments, modulation: dict[str, Tensor], affine: dict[str, Tensor | None]
-):
-    require(x.ndim == 3, f"{name}: want x (B, L, D), got {tuple(x.shape)}")
-    B, L, D = x.shape
-    S = next(iter(modulation.values())).shape[1] if segments is None else len(segments)
+    name: str, x: Tensor, y: Tensor | None, segments: Segments, modulation: dict[str, Tensor],
+    affine: dict[str, Tensor | None],
+):  # fmt: skip
+    require(x.ndim == 3 and x.shape[1] > 0, f"{name}: want x (B, L, D), L of 1 or more, got {tuple(x.shape)}")
+    (B, L, D), rest = x.shape, [t for t in (y, *modulation.values(), *affine.values()) if t is not None]
+    require(D <= WIDEST, f"{name}: D = {D} is wider than {WIDEST}")
+    require(all(t.device == x.device for t in rest), f"{name}: its tensors are on several devices")
+    if y is not None:
+        alike = y.shape == x.shape and y.dtype == x.dtype
+        require(alike, f"{name}: x {x.dtype} {tuple(x.shape)} and y {y.dtype} {tuple(y.shape)} differ")
     if segments is None:
-        require(
-            S in (1, L), f"{name}: {S} modulations for {L} tokens: say with segments which tokens each has"
-        )
+        S = next(iter(modulation.values())).shape[1]
+        require(S in (1, L), f"{name}: {S} modulations for {L} tokens: say whose they are with segments")
     else:
-        ok = sum(segments) == L and min(segments) >= 0
+        S, ok = len(segments), sum(segments) == L and min(segments) >= 0
         require(ok, f"{name}: segments {tuple(segments)} do not sum to the {L} tokens of x")
     for key, m in modulation.items():
         require(m.shape == (B, S, D), f"{name}: {key} {tuple(m.shape)}: want (B, S, D) = {(B, S, D)}")

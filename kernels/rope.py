@@ -1,10 +1,50 @@
-"""Rotary embedding of interleaved pairs, alone and fused with the two families' query-key norms."""
+"""Rotary embedding of queries and keys, alone or fused with the norm before it.
+
+Each pair (a, b) = (x[2i], x[2i + 1]) of a head is a point that turns by an angle of its token and pair:
+
+    a' = a cos - b sin        the gradient turns back:     da =  da' cos + db' sin
+    b' = a sin + b cos                                     db = -da' sin + db' cos
+
+so backward is the same kernel with sin negated. The norm before it is xhat * weight (+ bias):
+
+    CogVideoX   LayerNorm over the K numbers of a head     xhat = (x - mean) / sqrt(var + eps)
+    Wan         RMSNorm over all H * K numbers of a token  xhat = x / sqrt(mean(x^2) + eps)
+
+With g the gradient turned back, w = g * weight, and means over what was normed (RMS: without mean(w)):
+
+    d(x) = (w - mean(w) - xhat mean(w xhat)) / std       d(weight) = sum g xhat       d(bias) = sum g
+
+xhat is rebuilt from x, not stored. Sums over tokens stay in fp32 registers, one partial sum a program, and
+are added in the order of the programs.
+
+    tile        (TOKENS, HEADS, K) of x. x is stored (B, L, H, K), the heads of a token side by side, so that
+                a tile is one piece of memory; `.transpose(1, 2)` makes it the (B, H, L, K) that callers hold
+    cos, sin    (TOKENS, K / 2), shared by the heads; the L - R text tokens in front get cos 1, sin 0
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import require, wide
+from .dispatch import launch, processors, require, run, token_major, use_triton, wide
+
+WIDTHS = (16, 32, 64, 128, 256)
+
+
+class Tile(NamedTuple):
+    numbers: int  # in a tile
+    per_thread: int
+    stages: int  # tiles in flight
+    programs: int  # per multiprocessor
+
+
+# Chosen 2026-11 by the compiler's registers and spills, not timed on any chip.
+TILES = {"forward": Tile(4096, 16, 3, 8), "backward": Tile(4096, 16, 3, 4)}
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,49 +82,276 @@ def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((text, visual), 1) if text.shape[1] else visual
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (0,1), (2,3).. of the last R tokens of x (B, H, L, K) by cos, sin (R, K // 2) fp32.
+# ---- kernels ---------------------------------------------------------------------------------------------
 
-    The first L - R tokens (text) pass unchanged. Fast for a (B, L, H, K) tensor seen transposed; so is the output.
+
+@triton.jit
+def _tile(x, xS, b, t, h, end, H, K: tl.constexpr):
+    """(TOKENS, HEADS, K) in fp32, zeros past the last token or head. xS: strides of batch, head, token."""
+    start = x + tl.cast(b, tl.int64) * xS[0] + tl.cast(t, tl.int64)[:, None, None] * xS[2]
+    inside = (t < end)[:, None, None] & (h < H)[None, :, None]
+    at = start + h[None, :, None] * xS[1] + tl.arange(0, K)[None, None, :]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(x, b, t, h, L, end, H, K: tl.constexpr, tile):
+    """Into x (B, L, H, K)."""
+    start = x + (tl.cast(b, tl.int64) * L + t)[:, None, None] * (H * K)
+    inside = (t < end)[:, None, None] & (h < H)[None, :, None]
+    tl.store(
+        start + h[None, :, None] * K + tl.arange(0, K)[None, None, :],
+        tile.to(x.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+def _turn(tile, cos, sin, t, L, R, sign, K: tl.constexpr):
+    """Turns each pair forward (sign 1) or back (sign -1); the first L - R tokens stay."""
+    row = t - (L - R)
+    at = row[:, None] * (K // 2) + tl.arange(0, K // 2)[None, :]
+    turns = ((row >= 0) & (row < R))[:, None]
+    c = tl.load(cos + at, mask=turns, other=1.0)[:, None, :]
+    s = tl.load(sin + at, mask=turns, other=0.0)[:, None, :] * sign
+    a, b = tl.split(tile.reshape(tile.shape[0], tile.shape[1], K // 2, 2))
+    return tl.join(a * c - b * s, a * s + b * c).reshape(tile.shape)
+
+
+@triton.jit
+def _mean(tile, NORM: tl.constexpr, H, K: tl.constexpr):
+    """Over what was normed: a head (layer) or a token (rms)."""
+    if NORM == "layer":
+        mean = tl.sum(tile, 2, keep_dims=True) / K
+    else:
+        mean = tl.sum(tl.sum(tile, 2, keep_dims=True), 1, keep_dims=True) / (H * K)
+    return mean
+
+
+@triton.jit
+def _xhat(x, eps, NORM: tl.constexpr, H, K: tl.constexpr):
+    """(normed x, 1 / std)"""
+    if NORM == "layer":
+        x -= _mean(x, NORM, H, K)
+    rstd = tl.rsqrt(_mean(x * x, NORM, H, K) + eps)
+    return x * rstd, rstd
+
+
+@triton.jit
+def _parameter(p, h, H, NORM: tl.constexpr, K: tl.constexpr):
+    """A norm's weight or bias against a tile: (K,) shared by the heads (layer), or (H, K) (rms)."""
+    k = tl.arange(0, K)[None, None, :]
+    if NORM == "layer":
+        row = tl.load(p + k)
+    else:
+        row = tl.load(p + h[None, :, None] * K + k, mask=(h < H)[None, :, None], other=0.0)
+    return row.to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(x, xS, weight, bias, cos, sin, out, eps, sign, H, L, R, rows,
+                    NORM: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+                    STAGES: tl.constexpr):  # fmt: skip
+    h, b = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.program_id(2)
+    first = tl.program_id(0) * rows
+    end = tl.minimum(first + rows, L)
+    if weight is not None:
+        w = _parameter(weight, h, H, NORM, K)
+    if bias is not None:
+        shift = _parameter(bias, h, H, NORM, K)
+
+    for i in tl.range(first, end, TOKENS, num_stages=STAGES):
+        t = i + tl.arange(0, TOKENS)
+        tile = _tile(x, xS, b, t, h, end, H, K)
+        if weight is not None:
+            tile = _xhat(tile, eps, NORM, H, K)[0] * w
+        if bias is not None:
+            tile += shift
+        if cos is not None:
+            tile = _turn(tile, cos, sin, t, L, R, sign, K)
+        _put(out, b, t, h, L, end, H, K, tile)
+
+
+@triton.jit
+def _backward_kernel(dout, doutS, x, xS, weight, cos, sin, dx, dweight, dbias, eps, H, L, R, rows,
+                     NORM: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
+    """dweight, dbias (programs, .., H, K) take what this program's tokens add."""
+    h, b = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.program_id(2)
+    first = tl.program_id(0) * rows
+    end = tl.minimum(first + rows, L)
+    w = _parameter(weight, h, H, NORM, K)
+    weight_sum = tl.zeros([TOKENS, HEADS, K], tl.float32)
+    bias_sum = tl.zeros([TOKENS, HEADS, K], tl.float32)
+
+    for i in tl.range(first, end, TOKENS, num_stages=STAGES):
+        t = i + tl.arange(0, TOKENS)
+        g = _tile(dout, doutS, b, t, h, end, H, K)
+        if cos is not None:
+            g = _turn(g, cos, sin, t, L, R, -1.0, K)
+        xhat, rstd = _xhat(_tile(x, xS, b, t, h, end, H, K), eps, NORM, H, K)
+        if dweight is not None:
+            weight_sum += g * xhat
+        if dbias is not None:
+            bias_sum += g
+        g *= w
+        grad = g - xhat * _mean(g * xhat, NORM, H, K)
+        if NORM == "layer":
+            grad -= _mean(g, NORM, H, K)
+        _put(dx, b, t, h, L, end, H, K, grad * rstd)
+
+    program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    at = (program * H + h)[:, None] * K + tl.arange(0, K)[None, :]
+    if dweight is not None:
+        tl.store(dweight + at, tl.sum(weight_sum, 0), mask=(h < H)[:, None])
+    if dbias is not None:
+        tl.store(dbias + at, tl.sum(bias_sum, 0), mask=(h < H)[:, None])
+
+
+# ---- from torch to the kernels and back ------------------------------------------------------------------
+
+
+def _strided(x: Tensor) -> tuple:
+    """x as a kernel takes it: (pointer, strides of batch, head and token)."""
+    x = x if x.stride(3) == 1 else token_major(x).copy_(x)  # a stride-0 gradient, for one
+    return x, x.stride()[:3]
+
+
+def _grid(x: Tensor, tile: Tile, norm: str) -> tuple[tuple[int, int, int], int, dict]:
+    """(grid, tokens of a program, the constants of the launch)"""
+    B, H, L, K = x.shape
+    heads = triton.next_power_of_2(H)
+    heads = heads if norm == "rms" else min(heads, 16)  # rms sums over all heads
+    tokens = max(1, tile.numbers // (heads * K))
+    programs = tile.programs * processors(x) / (B * triton.cdiv(H, heads))
+    rows = math.ceil(L / programs / tokens) * tokens
+    warps = min(max(tokens * heads * K // (32 * tile.per_thread), 1), 16)
+    meta = {"NORM": norm, "K": K, "TOKENS": tokens, "HEADS": heads, "STAGES": tile.stages, "num_warps": warps}
+    return (triton.cdiv(L, rows), triton.cdiv(H, heads), B), rows, meta | {"num_stages": 2}
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    eps: float, norm: str, sign: float,
+) -> Tensor:  # fmt: skip
+    """norm: none, layer or rms; sign -1 turns backwards."""
+    (_, H, L, _), out = x.shape, token_major(x)
+    grid, rows, meta = _grid(x, TILES["forward"], norm)
+    R = 0 if cos is None else len(cos)
+    launch(_forward_kernel, grid, *_strided(x), weight, bias, cos, sin, out, eps, sign, H, L, R, rows, **meta)
+    return out
+
+
+def _backward(
+    dout: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str,
+    sums_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """d(x), and if sums_wanted d(weight) and, of layer alone, d(bias) in fp32; else empty."""
+    (B, H, L, K), dx = x.shape, token_major(x)
+    grid, rows, meta = _grid(x, TILES["backward"], norm)
+    shape = (grid[0] * B, H, K)
+    dweight = x.new_empty(shape if sums_wanted else 0, dtype=torch.float32)
+    dbias = x.new_empty(shape if sums_wanted and norm == "layer" else 0, dtype=torch.float32)
+    wanted = (d if d.numel() else None for d in (dweight, dbias))
+    sizes = (eps, H, L, 0 if cos is None else len(cos), rows)
+    launch(
+        _backward_kernel, grid, *_strided(dout), *_strided(x), weight, cos, sin, dx, *wanted, *sizes, **meta
+    )
+    over = (0, 1) if norm == "layer" else 0
+    return dx, *(d.sum(over).flatten() if d.numel() else d for d in (dweight, dbias))
+
+
+_rope = torch.library.custom_op("sdv::rope", _forward, mutates_args=())
+_rope_backward = torch.library.custom_op("sdv::rope_backward", _backward, mutates_args=())
+
+
+@_rope.register_fake
+def _(x, weight, bias, cos, sin, eps, norm, sign):
+    return token_major(x)
+
+
+@_rope_backward.register_fake
+def _(dout, x, weight, cos, sin, eps, norm, sums_wanted):
+    sums = (sums_wanted, sums_wanted and norm == "layer")
+    return token_major(x), *(x.new_empty(weight.shape if s else 0, dtype=torch.float32) for s in sums)
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, cos, sin, ctx.eps, ctx.norm, ctx.sign = inputs
+    ctx.save_for_backward(None if weight is None else x, weight, cos, sin)  # a rotation alone needs no x
+
+
+def _grads(ctx, dout):
+    x, weight, cos, sin = ctx.saved_tensors
+    if weight is None:
+        return _rope(dout, None, None, cos, sin, 0.0, "none", -ctx.sign), *(None,) * 7
+    learns = any(ctx.needs_input_grad[1:3])
+    dx, dweight, dbias = _rope_backward(dout, x, weight, cos, sin, ctx.eps, ctx.norm, learns)
+    dweight, dbias = (d if d.numel() else None for d in (dweight, dbias))
+    return dx, dweight, dbias, *(None,) * 5
+
+
+_rope.register_autograd(_grads, setup_context=_save)
+
+
+# ---- the contract ----------------------------------------------------------------------------------------
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (0, 1), (2, 3).. of the last R tokens of x (B, H, L, K) by cos, sin (R, K // 2) fp32.
+
+    The first L - R tokens (text) pass unchanged. Best for a (B, L, H, K) tensor seen transposed, as the output is.
     """
-    _check("rope", x, cos, sin)
-    return rope_reference(x, cos, sin)
+    _check("rope", x, {}, (), cos, sin)
+    if not use_triton(x):
+        return rope_reference(x, cos, sin)
+    return run(_rope, x, None, None, *_tables(x, cos, sin), 0.0, "none", 1.0)
 
 
 def layernorm_rope(
     x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """CogVideoX's q and k: LayerNorm per head with weight, bias (K,), then `rope`. x (B, H, L, K)."""
-    _check("layernorm_rope", x, cos, sin)
-    fits = weight.shape == bias.shape == x.shape[3:]
-    require(
-        fits,
-        f"layernorm_rope: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}: want ({x.shape[3]},) each",
-    )
-    return layernorm_rope_reference(x, weight, bias, cos, sin, eps)
+    """CogVideoX's q and k: LayerNorm of each head with weight, bias (K,), then `rope`. x (B, H, L, K)."""
+    _check("layernorm_rope", x, {"weight": weight, "bias": bias}, x.shape[3:], cos, sin)
+    if not use_triton(x):
+        return layernorm_rope_reference(x, weight, bias, cos, sin, eps)
+    return run(_rope, x, weight, bias, *_tables(x, cos, sin), eps, "layer", 1.0)
 
 
 def rmsnorm_rope(
     x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Wan's q and k: RMSNorm across all heads with weight (H * K,), then `rope`; cos=None leaves the norm alone."""
-    _check("rmsnorm_rope", x, cos, sin)
-    width = x.shape[1] * x.shape[3]
-    require(
-        weight.shape == (width,), f"rmsnorm_rope: weight {tuple(weight.shape)}: want ({width},) = (H * K,)"
-    )
-    return rmsnorm_rope_reference(x, weight, cos, sin, eps)
+    """Wan's q and k: RMSNorm across all heads with weight (H * K,), then `rope`; without cos, the norm."""
+    _check("rmsnorm_rope", x, {"weight": weight}, (x.shape[1] * x.shape[-1],), cos, sin)
+    if not use_triton(x):
+        return rmsnorm_rope_reference(x, weight, cos, sin, eps)
+    return run(_rope, x, weight, None, *_tables(x, cos, sin), eps, "rms", 1.0)
 
 
-def _check(name: str, x: Tensor, cos: Tensor | None, sin: Tensor | None):
-    require(
-        x.ndim == 4 and x.shape[3] % 2 == 0, f"{name}: want x (B, H, L, K) with even K, got {tuple(x.shape)}"
-    )
+def _tables(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    K = x.shape[3]
+    require(K in WIDTHS, f"rope: Triton has tiles for K in {WIDTHS}, not {K}: set SDV_KERNELS=reference")
+    return tuple(None if t is None else t.float().contiguous() for t in (cos, sin))
+
+
+def _check(
+    name: str,
+    x: Tensor,
+    parameters: dict[str, Tensor],
+    want: tuple[int, ...],
+    cos: Tensor | None,
+    sin: Tensor | None,
+):
+    got = tuple(x.shape)
+    ok = x.ndim == 4 and got[3] % 2 == 0 and got[2] > 0
+    require(ok, f"{name}: want x (B, H, L, K), K even, L of 1 or more, got {got}")
+    for key, p in parameters.items():
+        require(p.shape == tuple(want), f"{name}: {key} {tuple(p.shape)}: want {tuple(want)}")
     require((cos is None) == (sin is None), f"{name}: give both cos and sin, or neither")
     if cos is not None:
         tables = f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
-        fits = cos.ndim == 2 and cos.shape == sin.shape and cos.shape[1] * 2 == x.shape[3]
-        require(fits, f"{name}: {tables}: want (R, {x.shape[3] // 2}) each")
-        require(
-            cos.shape[0] <= x.shape[2], f"{name}: {tables} rotate more tokens than x {tuple(x.shape)} has"
-        )
+        fits = cos.ndim == 2 and cos.shape == sin.shape and cos.shape[1] * 2 == got[3]
+        require(fits, f"{name}: {tables}: want (R, {got[3] // 2}) each")
+        require(cos.shape[0] <= got[2], f"{name}: {tables} turn more tokens than x {got} has")
+    rest = [t for t in (*parameters.values(), cos, sin) if t is not None]
+    require(all(t.device == x.device for t in rest), f"{name}: its tensors are on several devices")
