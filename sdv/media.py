@@ -113,7 +113,7 @@ class Timeline(NamedTuple):
     pts: np.ndarray  # (n,) integer stamps of the container
     seconds: np.ndarray  # (n,) the same, counted from the first frame
     end: float  # seconds at which the last frame leaves the screen
-    keys: list[tuple[int, int]]  # (presentation, decoding) stamps of the keyframes
+    keys: list[int]  # stamps of the keyframes
 
 
 class ClipInfo(NamedTuple):
@@ -213,7 +213,7 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
             if packet.pts is None:
                 continue
             if packet.is_keyframe:
-                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+                keys.append(packet.pts)
             if packet.is_discard:  # cut away by the container's edit list
                 continue
             shown.append((packet.pts, packet.duration or 0))
@@ -232,10 +232,10 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
 
 
 def _decode(
-    path: str | Path, stamps: list[int], keys: list[tuple[int, int]], height: int, width: int
+    path: str | Path, stamps: list[int], keys: list[int], height: int, width: int
 ) -> dict[int, torch.Tensor]:
     """The frames with these stamps, resized: from the keyframe before them, or else from the file's start."""
-    key = max((dts for pts, dts in keys if pts <= min(stamps)), default=None)  # containers seek by dts
+    key = max((pts for pts in keys if pts <= min(stamps)), default=None)
     for start in dict.fromkeys((key, None)):
         missing, shown = set(stamps), {}
         with _opened(path) as (container, stream):
@@ -311,7 +311,7 @@ def _exif(data: bytes) -> bytes:
     while at + 8 <= len(data):  # PNG: size, name, body, checksum; RIFF: name, size, body, pad to even
         size = int.from_bytes(data[at : at + 4] if png else data[at + 4 : at + 8], "big" if png else "little")
         if data[at + 4 : at + 8] == b"eXIf" or data[at : at + 4] == b"EXIF":
-            return data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0")
+            return data[at + 8 : at + 8 + size]
         at += 12 + size if png else 8 + size + size % 2
     return b""
 

@@ -199,6 +199,8 @@ def test_clips_are_measured(tmp_path):
     tags = {"sample_aspect_ratio": Fraction(2, 1)}  # pixels twice as wide as high
     wide = encode(tmp_path / "a.mp4", [blocks()] * 3, np.arange(3) * 40, tags=tags)
     assert media.inspect_clip(wide)[:2] == (32, 96)
+    plain = encode(tmp_path / "a.avi", [blocks()] * 50, np.arange(50), unit=Fraction(1, 25))
+    assert media.inspect_clip(plain).seconds == pytest.approx(2)  # AVI gives its frames no duration
 
 
 @pytest.mark.parametrize("tag, size, matrix", [(1, 64, 709), (5, 64, 601), (2, 64, 601), (2, 1280, 709)])
