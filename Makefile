@@ -15,6 +15,16 @@ $(VENV)/dev: $(VENV)/run                             # plus the test runner and 
 	$(PIP) -e '.[dev,plots,parity]'
 	@touch $@
 
+# The whole chain on real photos and clips with a tiny random model: 20 steps of both tasks, then one video.
+TINY := --height 96 --width 144 --frames 9 --fps 8
+demo: $(VENV)/run
+	rm -rf out/demo
+	$(RUN) -m weights.tiny out/demo/tiny
+	$(RUN) train.py --backbone out/demo/tiny --pairs tests/media/pairs --clips tests/media/clips --out out/demo/run \
+		$(TINY) --steps 20 --p-video 0.5 --identity-batch 2 --accumulate 1 --rank 16 --alpha 16 --lr 0.01 --warmup 1
+	$(RUN) sample.py --backbone out/demo/tiny --adapter out/demo/run/step-000020/adapter.safetensors \
+		--ref tests/media/pairs/lawn.jpg --prompt "two white dogs run along a beach" --out out/demo/video $(TINY) --steps 20
+
 test: $(VENV)/dev lint
 	$(RUN) -m pytest tests
 	$(RUN) -m pytest test_kernels.py

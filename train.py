@@ -59,6 +59,7 @@ class Config:
     fps: float | None = None  # clips are resampled to it by their timestamps (paper: 8)
     window: Literal["first", "random"] = "first"  # the part of a long clip (paper: first)
     workers: int = 2  # processes that decode ahead
+    verify: int = 64  # rows of each folder decoded before the start; all: python -m sdv.data check
     # adapter
     rank: int = 128  # (paper: 128)
     alpha: float = 64.0  # scale = alpha / rank (paper: 64)
@@ -203,7 +204,7 @@ def save(
 
 
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
-FREE = {"steps", "resume", "out", "workers", "device", "checkpoint_every", "save_every", "keep"}
+FREE = {"steps", "resume", "out", "workers", "verify", "device", "checkpoint_every", "save_every", "keep"}
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith("sample_")}
 
 
@@ -244,6 +245,8 @@ def main() -> None:
         data["identity"] = Pairs(cfg.pairs, cfg.height, cfg.width, cfg.cls_token, cfg.crop_jitter)
     if cfg.p_video > 0:
         data["motion"] = Clips(cfg.clips, cfg.frames, cfg.fps, cfg.height, cfg.width, cfg.window)
+    for rows_of_task in data.values():
+        rows_of_task.verify(cfg.verify)
     shot = sample.with_defaults(
         sample.Config(
             backbone=cfg.backbone, prompt=(cfg.sample_prompt,), seed=(cfg.seed,), steps=cfg.sample_steps,

@@ -182,6 +182,21 @@ class Rows(Dataset):
         except (ValueError, OSError) as error:
             raise ValueError(f"{row.origin}: {error}") from error
 
+    def verify(self, limit: int) -> None:
+        """Decode up to `limit` rows, spread over the folder; one ValueError lists the bad ones among them."""
+        rows = range(0, len(self), -(-len(self) // limit)) if limit else ()
+        with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+            problems = [text for text in pool.map(self._problem, rows) if text]
+        if problems:
+            raise ValueError("files that cannot be used:\n  " + "\n  ".join(problems))
+
+    def _problem(self, index: int) -> str | None:
+        try:
+            self.load(index, generator(index))
+        except ValueError as error:
+            return str(error)
+        return None
+
 
 class Pairs(Rows):
     """Two views of one subject: {"ref" (3, H, W), "target" (3, H, W), "prompt", "row"}.

@@ -60,6 +60,7 @@ def write_image(path: str | Path, image: torch.Tensor) -> None:
     """(3, H, W), uint8 or float in [-1, 1] -> 8-bit RGB PNG."""
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG; give the file the ending .png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     frame = _frame(image if image.dtype == torch.uint8 else to_uint8(image))
     encoder = av.CodecContext.create("png", "w")
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "rgb24"
@@ -184,6 +185,7 @@ def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
         raise ValueError(
             f"{path}: {width}x{height} is odd, and H.264 in yuv420p needs even sizes; crop one pixel"
         )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,15 @@ def test_bad_input_is_one_error_before_training_starts(monkeypatch, tiny, tmp_pa
         run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN} | change)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert not metrics.exists() or metrics.read_text() == ""
+
+
+def test_a_picture_that_cannot_be_read_is_found_before_the_weights_are(monkeypatch, tiny, tmp_path):
+    shutil.copytree(MEDIA / "pairs", tmp_path / "pairs")
+    (tmp_path / "pairs" / "lawn.jpg").write_bytes((MEDIA / "pairs" / "lawn.jpg").read_bytes()[:20_000])
+    monkeypatch.setattr(train.weights, "load_backbone", None)
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN, "--pairs": tmp_path / "pairs"}
+    with pytest.raises(ValueError, match="metadata.jsonl:1 .*lawn.jpg"):
+        run(monkeypatch, train, options)
 
 
 def test_a_finished_run_is_not_overwritten_and_a_changed_setting_is_refused(monkeypatch, tiny, tmp_path):
