@@ -132,19 +132,24 @@ def _soft_mask(distance: Tensor) -> Tensor:
 
 def _segment(distance: Tensor) -> Tensor:
     """Soft mask (T, H, W) of the one subject: what differs from the background, in one piece."""
-    core = F.avg_pool2d((distance > 0.18).float()[:, None], 3, 1, 1, count_include_pad=False)[:, 0] > 0.5
-    return _soft_mask(distance) * F.max_pool2d(_largest(core.float())[:, None], 3, 1, 1)[:, 0]
+    core = F.avg_pool2d((distance > 0.18).float(), 3, 1, 1, count_include_pad=False) > 0.5
+    return _soft_mask(distance) * F.max_pool2d(_largest(core.float()), 3, 1, 1)
 
 
 def _largest(mask: Tensor) -> Tensor:
-    """The largest connected part of each mask (T, H, W) of 0 and 1: labels spread until nothing changes."""
-    labels = torch.arange(1, mask[0].numel() + 1.0).view(1, *mask.shape[1:]) * mask
-    spread = F.max_pool2d(labels, 3, 1, 1) * mask
+    """The largest connected part of each mask (T, H, W) of 0 and 1: labels spread until nothing changes.
+
+    At half the resolution, where parts a pixel apart are one: eight times less work.
+    """
+    coarse = F.max_pool2d(mask, 2, 2, ceil_mode=True)
+    labels = torch.arange(1, coarse[0].numel() + 1.0).view(1, *coarse.shape[1:]) * coarse
+    spread = F.max_pool2d(labels, 3, 1, 1) * coarse
     while not torch.equal(spread, labels):
-        labels, spread = spread, F.max_pool2d(spread, 3, 1, 1) * mask
+        labels, spread = spread, F.max_pool2d(spread, 3, 1, 1) * coarse
     counts = [frame.bincount() for frame in labels.long().flatten(1)]
     winners = torch.tensor([int(count[1:].argmax()) + 1 if len(count) > 1 else -1 for count in counts])
-    return (labels == winners[:, None, None]).float()
+    largest = (labels == winners[:, None, None]).float()
+    return mask * F.interpolate(largest[:, None], mask.shape[1:])[:, 0]
 
 
 def _measure(frames: Tensor, mask: Tensor) -> Blob:

@@ -92,8 +92,8 @@ def fish(w, trait):
 def bird(w, trait):
     crest = (
         [],
-        [polygon(ACCENT, -0.3, -0.5, 0.35, -0.6, -0.35, -1.05)],
-        [ellipse(ACCENT, s * 0.2, -0.78, 0.17, 0.32, s * 25) for s in (-1, 1)],
+        [polygon(ACCENT, -0.35, -0.4 * w, 0.4, -0.5 * w, -0.4, -0.68 * w - 0.45)],
+        [ellipse(ACCENT, s * 0.2, -0.68 * w - 0.12, 0.17, 0.32, s * 25) for s in (-1, 1)],
     )[trait]
     tail = [polygon(SECOND, -0.5, 0.25, -1.2, -0.35, -1.1, 0.4)]
     beak = [polygon(ACCENT, 0.45, -0.45, 1.12, -0.1, 0.45, 0.2)]

@@ -80,7 +80,7 @@ BACKGROUNDS = {  # muted, so that any subject stands out
     ),
     "night": Background(
         "under the night sky",
-        (68, 74, 124),
+        (64, 72, 114),
         (*(ellipse(CREAM, x, y, 0.07, 0.07) for x, y in STARS), ellipse(CREAM, 0.6, -0.6, 0.25, 0.25)),
     ),
     "snow": Background(
@@ -127,7 +127,7 @@ class Scene(NamedTuple):
     subject: Subject
     motion: str | None  # None: a picture
     background: str
-    pose: Pose  # arrays over T
+    pose: Pose | None  # arrays over T; None if only the prompt is known
     prompt: str
 
 
@@ -152,42 +152,37 @@ def caption(who: Subject, motion: str | None, place: str, colour: bool = False, 
 
 
 def path(motion: str | None, frames: int, extent: float, rng: np.random.Generator) -> Pose:
-    """A random path of one kind that keeps the whole subject, of reach extent, within the frame."""
+    """A random path of one kind, or a random pose, that keeps a subject of this reach within the frame."""
     if motion is not None and motion not in MOTIONS:
         raise ValueError(f"motion {motion!r} is unknown: choose one of {', '.join(MOTIONS)}")
     u = np.linspace(0, 1, frames)
-    size = np.full(frames, rng.uniform(0.34, 0.44))
+    size = np.full(frames, min(rng.uniform(0.34, 0.44), 0.64 / extent))
     if motion in ("grow", "shrink"):
         start, ratio = rng.uniform(0.25, 0.29), rng.uniform(1.6, 1.8)
         size = start * ratio ** (u if motion == "grow" else 1 - u)
-    room = 1 - extent * size.max()  # what is left for the centre to move in
-    travel, radius, height = (
-        min(rng.uniform(0.28, 0.4), room),
-        min(rng.uniform(0.1, 0.14), room / 2),
-        rng.uniform(0.2, 0.28),
-    )
+    room = 0.94 - extent * size.max()  # what is left for the centre to move in, near the edge nothing
+    travel, height, radius = rng.uniform(0.28, 0.4), rng.uniform(0.2, 0.28), rng.uniform(0.1, 0.14)
     phase, way = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1])
     angle = np.full(frames, np.deg2rad(rng.uniform(-8, 8) if motion else rng.uniform(-20, 20)))
-    x, y = np.zeros(frames), np.zeros(frames)
+    x, y, wide, tall = np.zeros(frames), np.zeros(frames), 0.0, 0.0  # around 0, and how much room they take
     if motion in ("left", "right"):
-        x = travel * u * (1 if motion == "right" else -1)
+        wide = min(travel, room)
+        x = wide * (u - 0.5) * (1 if motion == "right" else -1)
     elif motion in ("up", "down"):
-        y = travel * u * (1 if motion == "down" else -1)
+        tall = min(travel, room)
+        y = tall * (u - 0.5) * (1 if motion == "down" else -1)
     elif motion == "circle":
-        x, y = radius * np.cos(2 * np.pi * u * way + phase), radius * np.sin(2 * np.pi * u * way + phase)
+        wide = tall = min(2 * radius, room)
+        turn = 2 * np.pi * u * way + phase
+        x, y = wide / 2 * np.cos(turn), tall / 2 * np.sin(turn)
     elif motion == "bounce":
-        y = -min(height, room) * np.abs(np.sin(2 * np.pi * u))
+        tall = min(height, room)
+        y = tall * (0.5 - np.abs(np.sin(2 * np.pi * u)))
     elif motion == "spin":
         angle = angle + 2 * np.pi * rng.uniform(0.5, 0.75) * way * u
+    centre = [0.5 + rng.uniform(-1, 1) * min(0.1, max(0.0, room - span) / 2) for span in (wide, tall)]
     mirror = motion == "left" or (motion != "right" and rng.random() < 0.5)
-    return Pose(_place(x, room, rng), _place(y, room, rng), size, angle, bool(mirror))
-
-
-def _place(offset: np.ndarray, room: float, rng: np.random.Generator, spread: float = 0.1) -> np.ndarray:
-    """Put a path's middle near the frame's middle, up to spread away, no further than the room allows."""
-    low, high = offset.min(), offset.max()
-    slack = max(0.0, min(spread, (room - (high - low)) / 2))
-    return offset - (low + high) / 2 + 0.5 + rng.uniform(-slack, slack)
+    return Pose(x + centre[0], y + centre[1], size, angle, bool(mirror))
 
 
 # Each split owns a range of subject numbers, so they are disjoint for every seed, which shifts within it.
@@ -234,12 +229,17 @@ def heldout(i: int, frames: int = 17, seed: int = 0) -> tuple[Scene, list[Scene]
     rng, who = _rng("heldout", i, seed), split_subject("heldout", i, seed)
     places = [str(name) for name in rng.permutation(list(BACKGROUNDS))]
     reference = Scene(who, None, places[0], path(None, 1, reach(who), rng), caption(who, None, places[0]))
-    asked = []
+    wanted = []
     for k in range(PROMPTS_PER_SUBJECT):
         motion = list(MOTIONS)[(i * PROMPTS_PER_SUBJECT + k) % len(MOTIONS)]
         prompt = caption(who, motion, places[1 + k])
-        asked.append(Scene(who, motion, places[1 + k], path(motion, frames, reach(who), rng), prompt))
-    return reference, asked
+        wanted.append(Scene(who, motion, places[1 + k], path(motion, frames, reach(who), rng), prompt))
+    return reference, wanted
+
+
+def asked(row: dict) -> Scene:
+    """What a row of heldout/prompts.jsonl asks for."""
+    return Scene(subject(row["subject"]), row["motion"], row["background"], None, row["prompt"])
 
 
 def render(truth: Scene, size: int = 64, place: str | None = None) -> np.ndarray:
@@ -301,14 +301,14 @@ def _write_pair(folder: Path, i: int, size: int, seed: int) -> list[dict]:
 
 
 def _write_heldout(folder: Path, i: int, size: int, seed: int) -> list[dict]:
-    ref, asked = heldout(i, seed=seed)
+    ref, wanted = heldout(i, seed=seed)
     row = {
         "reference_file_name": _write_picture(folder / f"{i:04d}_scene.png", ref, size),
         "white_reference_file_name": _write_picture(folder / f"{i:04d}_white.png", ref, size, "white"),
         "subject": ref.subject.index,
     }
     return [
-        row | {"prompt": want.prompt, "motion": want.motion, "background": want.background} for want in asked
+        row | {"prompt": want.prompt, "motion": want.motion, "background": want.background} for want in wanted
     ]
 
 
