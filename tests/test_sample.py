@@ -8,6 +8,7 @@ from conftest import relative_error
 
 import sample
 import weights
+from sdv.lora import add_lora, lora_parameters
 from sdv.seeds import generator
 
 CFG = sample.Config(
@@ -37,6 +38,27 @@ def test_text_to_video_equals_the_stock_pipeline_from_prompt_to_pixels(tiny, bac
         max_sequence_length=32,
     ).frames[0]  # fmt: skip
     assert relative_error((ours.clamp(-1, 1) + 1) / 2, theirs.transpose(0, 1)) <= 1e-4
+
+
+@torch.no_grad()
+def test_the_lines_of_the_readme_give_our_prediction_in_a_stock_pipeline(tiny, backbone, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    add_lora(backbone.dit, 4, 2.0, backbone.dit.lora_targets)
+    torch.manual_seed(0)
+    for parameter in lora_parameters(backbone.dit).values():
+        parameter.normal_(0, 0.2)
+    weights.save_adapter(backbone.dit, tmp_path / "adapter.safetensors")
+    video, ref = torch.randn(1, 8, 3, 8, 12), torch.randn(1, 8, 1, 8, 12)
+    text, t = backbone.text(["a dog"]), torch.tensor([400])
+    ours = backbone.dit(video, t, text, ref)
+
+    pipe = diffusers.CogVideoXPipeline.from_pretrained(tiny)
+    pipe.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
+    frames = torch.cat([ref, video], dim=2).transpose(1, 2)
+    rope = pipe._prepare_rotary_positional_embeddings(64, 96, frames.shape[1], frames.device)
+    theirs = pipe.transformer(frames, text, t, image_rotary_emb=rope).sample[:, 1:]
+    assert relative_error(ours, theirs.transpose(1, 2)) <= 1e-4
 
 
 def test_guidance_is_on_the_text_alone(backbone):

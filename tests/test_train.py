@@ -60,7 +60,10 @@ def losses(out: Path) -> list[tuple]:
 
 def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_path):
     out = tmp_path / "run"
-    run(monkeypatch, train, {"--backbone": tiny, "--out": out, "--steps": 40, **RUN})
+    look = {"--sample-every": 25, "--sample-ref": MEDIA / "pairs" / "lawn.jpg", "--sample-prompt": "a dog"}
+    look |= {"--sample-steps": 2}
+    run(monkeypatch, train, {"--backbone": tiny, "--out": out, "--steps": 40, **RUN, **look})
+    assert [v.name for v in sorted((out / "samples").iterdir())] == ["step-000000.mp4", "step-000025.mp4"]
     before, after = fixed_losses(tiny, None), fixed_losses(tiny, out / "step-000040" / "adapter.safetensors")
     assert after["identity"] < 0.9 * before["identity"]
     assert after["motion"] < 0.9 * before["motion"]
@@ -199,9 +202,9 @@ def test_a_picture_that_cannot_be_read_is_found_before_the_weights_are(monkeypat
     shutil.copytree(MEDIA / "pairs", tmp_path / "pairs")
     (tmp_path / "pairs" / "lawn.jpg").write_bytes((MEDIA / "pairs" / "lawn.jpg").read_bytes()[:20_000])
     monkeypatch.setattr(train.weights, "load_backbone", None)
-    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN, "--pairs": tmp_path / "pairs"}
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN}
     with pytest.raises(ValueError, match="metadata.jsonl:1 .*lawn.jpg"):
-        run(monkeypatch, train, options)
+        run(monkeypatch, train, options | {"--pairs": tmp_path / "pairs"})
 
 
 def test_a_finished_run_is_not_overwritten_and_a_changed_setting_is_refused(monkeypatch, tiny, tmp_path):
