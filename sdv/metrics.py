@@ -26,16 +26,16 @@ PALETTE = torch.tensor([*COLOURS.values(), WHITE]) / 255
 def judge(
     clip: Tensor,
     truth: Scene,
-    ref: Tensor | None = None,
     gallery: list[Subject] | None = None,
+    ref: Tensor | None = None,
     fps: float = 8,
 ) -> dict[str, float]:
     """One row of numbers for a clip that should show truth; ref (3, H, W) is the picture it was made from.
 
-    gallery: who else it could be; left out, 99 of the same species, so that the caption alone gives 1 %.
+    gallery: who else it could be; left out, 99 others of the species, so that the caption alone gives 1 %.
     """
     seen = track(clip)
-    who = identity(seen, truth.subject, gallery or lookalikes(truth.subject.species))
+    who = identity(seen, truth.subject, gallery or lookalikes(truth.subject))
     pace = speed(clip, fps)
     row = {
         "top1": float(who.rank == 1),
@@ -58,13 +58,13 @@ def judge(
 def evaluate(
     clips: list[Tensor],
     truths: list[Scene],
-    refs: list[Tensor] | None = None,
     gallery: list[Subject] | None = None,
+    refs: list[Tensor] | None = None,
     fps: float = 8,
 ) -> dict:
     """{"mean": the mean of every number, "rows": a row of `judge` for each clip}."""
     each = zip(clips, truths, refs or [None] * len(clips), strict=True)
-    rows = [judge(clip, truth, ref, gallery, fps) for clip, truth, ref in each]
+    rows = [judge(clip, truth, gallery, ref, fps) for clip, truth, ref in each]
     return {"mean": {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, "rows": rows}
 
 

@@ -2,9 +2,10 @@
 
 A subject is a species, three colours, a pattern, a build and a trait: COUNT different ones. A prompt names
 the species only; all else is known from a picture alone, so it measures what a reference carries over.
-Local coordinates: x right, y down, the subject faces right, one unit is the radius of the disc of equal area.
+Parts lie in the subject's own coordinates: x right, y down, facing right, about one unit from centre to rim.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ class Part(NamedTuple):
 
 
 def ellipse(paint, x, y, rx, ry, tilt=0.0, cut=None) -> Part:
-    return Part("ellipse", paint, (x, y, rx, ry, np.deg2rad(tilt)), cut)
+    return Part("ellipse", paint, (x, y, rx, ry, math.radians(tilt)), cut)
 
 
 def capsule(paint, ax, ay, bx, by, radius) -> Part:
@@ -76,7 +77,10 @@ def eyes(x, y, gap, r=0.15) -> list[Part]:
     return whites + [ellipse(PUPIL, cx + r * 0.25, y + r * 0.1, r * 0.58, r * 0.66) for cx in centres]
 
 
-def fish(w, trait):
+# The species. w: width of the main part, height of those that lie; trait: which ears, tail, shell, cap, ...
+
+
+def fish(w: float, trait: int) -> list[Part]:
     tail = (
         [polygon(SECOND, -0.45, 0, -1.1, -0.5, -1.1, 0.5)],
         [ellipse(SECOND, -0.85, -0.3, 0.4, 0.22, 40), ellipse(SECOND, -0.85, 0.3, 0.4, 0.22, -40)],
@@ -89,7 +93,7 @@ def fish(w, trait):
     return tail + fins + [ellipse(BODY, 0.05, 0, 0.78, 0.56 * w)] + eyes(0.46, -0.1, 0, 0.17)
 
 
-def bird(w, trait):
+def bird(w: float, trait: int) -> list[Part]:
     crest = (
         [],
         [polygon(ACCENT, -0.35, -0.4 * w, 0.4, -0.5 * w, -0.4, -0.68 * w - 0.45)],
@@ -101,7 +105,7 @@ def bird(w, trait):
     return tail + crest + beak + [ellipse(BODY, 0, 0, 0.78, 0.68 * w)] + wing + eyes(0.36, -0.2, 0, 0.19)
 
 
-def cat(w, trait):
+def cat(w: float, trait: int) -> list[Part]:
     ear = (
         [polygon(ACCENT, 0.05, -0.35, 0.75 * w, -0.2, 0.62 * w, -1.0)],
         [polygon(ACCENT, 0.1, -0.5, 0.75 * w, 0.1, 1.15 * w, -0.8)],
@@ -119,7 +123,7 @@ def cat(w, trait):
     return tail + ear + [mirrored(part) for part in ear] + face + eyes(0, -0.16, 0.36, 0.19)
 
 
-def rabbit(w, trait):
+def rabbit(w: float, trait: int) -> list[Part]:
     ear = (
         [ellipse(SECOND, 0.3, -0.82, 0.21, 0.55, 8)],
         [ellipse(SECOND, 0.62, -0.7, 0.21, 0.55, 50)],
@@ -130,7 +134,7 @@ def rabbit(w, trait):
     return feet + ear + [mirrored(part) for part in ear] + face + eyes(0, -0.06, 0.3, 0.18)
 
 
-def turtle(w, trait):
+def turtle(w: float, trait: int) -> list[Part]:
     shell = (
         [ellipse(BODY, -0.15, 0.34, 0.86, 0.95 * w, 0, 0.36)],
         [polygon(BODY, -1.02, 0.36, -0.7, -0.5 * w, 0.4, -0.5 * w, 0.72, 0.36)],
@@ -141,7 +145,7 @@ def turtle(w, trait):
     return legs + head + shell + [capsule(ACCENT, -0.92, 0.4, 0.66, 0.4, 0.14)] + eyes(0.98, -0.04, 0, 0.16)
 
 
-def snail(w, trait):
+def snail(w: float, trait: int) -> list[Part]:
     core = (
         [ellipse(ACCENT, -0.2, -0.16, 0.36, 0.36 * w)],
         [],
@@ -152,7 +156,7 @@ def snail(w, trait):
     return horns + foot + [ellipse(BODY, -0.2, -0.14, 0.74, 0.72 * w)] + core + eyes(0.9, -0.08, 0, 0.17)
 
 
-def butterfly(w, trait):
+def butterfly(w: float, trait: int) -> list[Part]:
     upper, lower = (
         (ellipse(BODY, 0.58, -0.3, 0.6 * w, 0.48, -30), ellipse(SECOND, 0.46, 0.46, 0.42 * w, 0.36, 30)),
         (
@@ -169,7 +173,7 @@ def butterfly(w, trait):
     )
 
 
-def octopus(w, trait):
+def octopus(w: float, trait: int) -> list[Part]:
     arms = (
         [capsule(SECOND, x, 0.3, x * 1.35, 0.85, 0.2) for x in (-0.62, -0.2, 0.2, 0.62)],
         [capsule(SECOND, x * w, 0.2, x * w, 0.9, 0.26) for x in (-0.5, 0.5)],
@@ -182,7 +186,7 @@ def octopus(w, trait):
     )
 
 
-def mushroom(w, trait):
+def mushroom(w: float, trait: int) -> list[Part]:
     cap = (
         [ellipse(BODY, 0, 0.1, 0.98 * w, 1.05, 0, 0.12)],
         [polygon(BODY, 0, -1.2, -0.95 * w, 0.14, 0.95 * w, 0.14)],
@@ -192,7 +196,7 @@ def mushroom(w, trait):
     return stem + cap + [capsule(ACCENT, -0.5 * w, 0.12, 0.5 * w, 0.12, 0.14)] + eyes(0, 0.5, 0.21, 0.16)
 
 
-def rocket(w, trait):
+def rocket(w: float, trait: int) -> list[Part]:
     fin = (
         [polygon(SECOND, 0.1, -0.1, 1.05, 0.85, 0.1, 0.75)],
         [ellipse(SECOND, 0.56 * w, 0.5, 0.28, 0.48, -15)],
@@ -206,7 +210,7 @@ def rocket(w, trait):
     return flame + fin + [mirrored(part) for part in fin] + hull + eyes(0, -0.12, 0, 0.25)
 
 
-def car(w, trait):
+def car(w: float, trait: int) -> list[Part]:
     cabin = (
         [ellipse(SECOND, -0.05, 0.04, 0.72, 0.78 * w, 0, 0.04)],
         [box(SECOND, -1.0, -0.78 * w, 0.35, 0.05)],
@@ -219,7 +223,7 @@ def car(w, trait):
     return cabin + hull + wheels + eyes(0.14, -0.26 * w, 0, 0.2)
 
 
-def robot(w, trait):
+def robot(w: float, trait: int) -> list[Part]:
     top = (
         [capsule(ACCENT, 0, -0.7, 0, -1.0, 0.1), ellipse(ACCENT, 0, -1.08, 0.24, 0.24)],
         [capsule(ACCENT, s * 0.3, -0.7, s * 0.62, -1.15, 0.15) for s in (-1, 1)],
@@ -234,7 +238,7 @@ SPECIES = {
     f.__name__: f
     for f in (fish, bird, cat, rabbit, turtle, snail, butterfly, octopus, mushroom, rocket, car, robot)
 }
-BUILDS = (0.8, 1.0, 1.25)  # width (height for those who lie down) of the main part
+BUILDS = (0.8, 1.0, 1.25)
 RADIX = (len(SPECIES), len(COLOURS), len(COLOURS) - 1, len(COLOURS) - 2, len(PATTERNS), len(BUILDS), 3)
 COUNT = int(np.prod(RADIX))
 
@@ -244,7 +248,8 @@ def mirrored(part: Part) -> Part:
     if part.form == "ellipse":
         points[0], points[4] = -points[0], -points[4]
     else:
-        points[: len(points) // 2 * 2 : 2] = [-x for x in points[: len(points) // 2 * 2 : 2]]
+        ends = slice(0, 4 if part.form == "capsule" else None, 2)
+        points[ends] = [-x for x in points[ends]]
     return part._replace(points=tuple(points))
 
 
@@ -267,7 +272,7 @@ def _distance(part: Part, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance to the part's edge in local units, negative inside (first order for ellipses)."""
     if part.form == "ellipse":
         cx, cy, rx, ry, tilt = part.points
-        cos, sin = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
+        cos, sin = math.cos(tilt), math.sin(tilt)
         u, v = (cos * (x - cx) + sin * (y - cy)) / rx, (cos * (y - cy) - sin * (x - cx)) / ry
         norm = np.sqrt(u * u + v * v) + 1e-6
         d = (norm - 1) * norm / (np.sqrt((u / rx) ** 2 + (v / ry) ** 2) + 1e-6)
@@ -284,15 +289,12 @@ def _polygon_distance(corners: np.ndarray, x: np.ndarray, y: np.ndarray, roundin
     """Convex polygon as an intersection of half-planes; adding overshoots in squares rounds its corners."""
     edges = np.roll(corners, -1, axis=0) - corners
     turn = np.sign(edges[0, 0] * edges[1, 1] - edges[0, 1] * edges[1, 0])
-    inside, outside = None, 0.0
-    for (px, py), (ex, ey) in zip(corners, edges, strict=True):
-        nx, ny = turn * ey / np.hypot(ex, ey), -turn * ex / np.hypot(ex, ey)
-        d = (
-            np.float32(nx) * (x - np.float32(px))
-            + np.float32(ny) * (y - np.float32(py))
-            + np.float32(rounding)
-        )
-        inside = d if inside is None else np.maximum(inside, d)
+    normals = turn * edges[:, ::-1] * (1, -1) / np.linalg.norm(edges, axis=1, keepdims=True)
+    offsets = rounding - (normals * corners).sum(1)
+    inside, outside = -np.inf, 0.0
+    for (nx, ny), offset in zip(normals.tolist(), offsets.tolist(), strict=True):
+        d = nx * x + ny * y + offset
+        inside = np.maximum(inside, d)
         outside = outside + np.maximum(d, 0) ** 2
     return np.minimum(inside, 0) + np.sqrt(outside) - rounding
 
@@ -309,7 +311,7 @@ def _pattern_distance(pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray 
     if pattern == "checks":
         across, down = _bars(x), _bars(y)
         return np.where(across * down > 0, -1, 1) * np.minimum(np.abs(across), np.abs(down))
-    return _bars({"stripes": x, "bands": y, "diagonals": (x + y) * np.float32(0.7071)}[pattern])
+    return _bars({"stripes": x, "bands": y, "diagonals": (x + y) * 0.5**0.5}[pattern])
 
 
 def _bars(z: np.ndarray, pitch: float = 0.42) -> np.ndarray:
@@ -363,13 +365,13 @@ def layer(who: Subject, pose: Pose, size: int, x0=0, y0=0, width: int | None = N
     grid = np.arange(width or size, dtype=np.float32) + 0.5
     dx = np.atleast_1d(np.float32(x0))[:, None, None] + grid - px * size
     dy = np.atleast_1d(np.float32(y0))[:, None, None] + grid[:, None] - py * size
-    pixels = diameter * size / 2 / np.float32(body.radius)  # per local unit
+    pixels = diameter * size / 2 / body.radius  # per local unit
     cos, sin = np.cos(angle) / pixels, np.sin(angle) / pixels
-    u, y = cos * dx + sin * dy, cos * dy - sin * dx + np.float32(body.y)
-    x = (-u if pose.mirror else u) + np.float32(body.x)
+    u, y = cos * dx + sin * dy, cos * dy - sin * dx + body.y
+    x = (-u if pose.mirror else u) + body.x
     paints = np.float32([COLOURS[c] for c in who.colours] + [WHITE, INK]) / 255
     out = np.zeros((4, *x.shape), np.float32)
-    pattern = _pattern_distance(who.pattern, x - np.float32(body.coat_x), y - np.float32(body.coat_y))
+    pattern = _pattern_distance(who.pattern, x - body.coat_x, y - body.coat_y)
     mix = None if pattern is None else np.clip(0.5 - pattern * pixels, 0, 1)
     for part in body.parts:
         cover = part_cover(part, x, y, pixels)
@@ -384,7 +386,7 @@ def layer(who: Subject, pose: Pose, size: int, x0=0, y0=0, width: int | None = N
 
 
 def draw(who: Subject, pose: Pose, background: np.ndarray) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8: the subject at each of T poses before a background (H, H, 3) in 0..255."""
+    """Frames (T, H, W, 3) uint8: the subject at T poses before a background (H, H, 3) of whole levels."""
     size = len(background)
     x, y, diameter = (np.atleast_1d(np.float32(v)) * size for v in pose[:3])
     width = min(size, int(np.ceil(reach(who) * diameter.max())) + 3)
@@ -392,10 +394,8 @@ def draw(who: Subject, pose: Pose, background: np.ndarray) -> np.ndarray:
     y0 = np.clip(np.round(y - width / 2), 0, size - width).astype(int)
     sprite = layer(who, pose, size, x0, y0, width)
     frames = np.repeat(np.uint8(background)[None], len(x), axis=0)
-    for t in range(len(x)):
-        window = np.s_[y0[t] : y0[t] + width, x0[t] : x0[t] + width]
-        rgb, cover = sprite[:3, t], sprite[3, t]
-        frames[t][window] = (
-            background[window] * (1 - cover[..., None]) + 255 * rgb.transpose(1, 2, 0) + 0.5
-        ).astype(np.uint8)
+    for t, (top, left) in enumerate(zip(y0, x0, strict=True)):
+        window = np.s_[top : top + width, left : left + width]
+        rgb, cover = sprite[:3, t].transpose(1, 2, 0), sprite[3, t, ..., None]
+        frames[t][window] = background[window] * (1 - cover) + 255 * rgb + 0.5  # cut off to whole levels
     return frames

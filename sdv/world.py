@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 from functools import lru_cache, partial
-from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
@@ -133,19 +132,20 @@ class Scene(NamedTuple):
 
 @lru_cache(256)
 def background(name: str, size: int) -> np.ndarray:
-    """The scene without a subject, (size, size, 3) float32 in 0..255; read-only, the same at every call."""
+    """The scene without a subject, (size, size, 3) float32 of whole levels 0..255; read-only."""
     chosen = BACKGROUNDS[name]
     grid = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
     image = np.full((size, size, 3), chosen.ground, np.float32)
     for part in chosen.parts:
         cover = part_cover(part, grid[None, :], grid[:, None], size / 2)[..., None]
         image = image * (1 - cover) + np.float32(part.paint) * cover
+    image = image.round()
     image.setflags(write=False)
     return image
 
 
 def caption(who: Subject, motion: str | None, place: str, colour: bool = False, phrase: int = 0) -> str:
-    """ "a fish moves to the left under the sea"; without motion, a picture's: "a fish under the sea"."""
+    """Such as "a fish moves to the left under the sea"; of a picture, "a fish under the sea"."""
     noun = f"{who.colours[0]} {who.species}" if colour else who.species
     words = ["an" if noun[0] in "aeiou" else "a", noun, *([MOTIONS[motion][phrase]] if motion else [])]
     return " ".join([*words, BACKGROUNDS[place].phrase])
@@ -156,7 +156,7 @@ def path(motion: str | None, frames: int, extent: float, rng: np.random.Generato
     if motion is not None and motion not in MOTIONS:
         raise ValueError(f"motion {motion!r} is unknown: choose one of {', '.join(MOTIONS)}")
     u = np.linspace(0, 1, frames)
-    size = np.full(frames, min(rng.uniform(0.34, 0.44), 0.64 / extent))
+    size = np.full(frames, min(rng.uniform(0.36, 0.46), 0.66 / extent))
     if motion in ("grow", "shrink"):
         start, ratio = rng.uniform(0.25, 0.29), rng.uniform(1.6, 1.8)
         size = start * ratio ** (u if motion == "grow" else 1 - u)
@@ -264,12 +264,15 @@ def to_clip(frames: np.ndarray) -> torch.Tensor:
     return from_uint8(torch.from_numpy(frames).permute(3, 0, 1, 2))
 
 
+def lookalikes(who: Subject, count: int = 99) -> list[Subject]:
+    """Other held-out subjects of the same species: among them the prompt's noun gives nothing away."""
+    return [other for other in _heldout_of(who.species) if other != who][:count]
+
+
 @lru_cache(len(SPECIES))
-def lookalikes(species: str, count: int = 100) -> list[Subject]:
-    """The first held-out subjects of one species: among them the prompt's noun gives nothing away."""
-    first, total = SPLITS["heldout"]
-    found = (who for who in map(subject, range(first, first + total)) if who.species == species)
-    return list(islice(found, count))
+def _heldout_of(species: str) -> list[Subject]:
+    first, count = SPLITS["heldout"]
+    return [who for who in map(subject, range(first, first + count)) if who.species == species]
 
 
 # Files. All is drawn at SCALE times the training size and shrunk by the loader, as real footage is: yuv420p
