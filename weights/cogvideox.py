@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from sdv.schedule import VPrediction
 from sdv.text import T5Config, T5Encoder, TextEncoder, Tokenizer
 from weights.layout import Layout, Part
@@ -83,6 +84,66 @@ def dit_config(json: dict) -> CogVideoXConfig:
 
 
 # ------------------------------------------------------------------------------------------------ VAE
+VAE_NAMES: Names = {
+    "encoder.conv_in.conv": "encoder.conv_in",
+    "encoder.down_blocks.{}.resnets.{}.norm{}": "encoder.levels.{}.blocks.{}.norm{}",
+    "encoder.down_blocks.{}.resnets.{}.conv{}.conv": "encoder.levels.{}.blocks.{}.conv{}",
+    "encoder.down_blocks.{}.resnets.{}.conv_shortcut": "encoder.levels.{}.blocks.{}.shortcut",
+    "encoder.down_blocks.{}.downsamplers.0.conv": "encoder.levels.{}.resize",
+    "encoder.mid_block.resnets.{}.norm{}": "encoder.middle.blocks.{}.norm{}",
+    "encoder.mid_block.resnets.{}.conv{}.conv": "encoder.middle.blocks.{}.conv{}",
+    "encoder.norm_out": "encoder.norm_out",
+    "encoder.conv_out.conv": "encoder.conv_out",
+    "decoder.conv_in.conv": "decoder.conv_in",
+    "decoder.mid_block.resnets.{}.norm{}.norm_layer": "decoder.middle.blocks.{}.norm{}.norm",
+    "decoder.mid_block.resnets.{}.norm{}.conv_y.conv": "decoder.middle.blocks.{}.norm{}.scale",
+    "decoder.mid_block.resnets.{}.norm{}.conv_b.conv": "decoder.middle.blocks.{}.norm{}.shift",
+    "decoder.mid_block.resnets.{}.conv{}.conv": "decoder.middle.blocks.{}.conv{}",
+    "decoder.up_blocks.{}.resnets.{}.norm{}.norm_layer": "decoder.levels.{}.blocks.{}.norm{}.norm",
+    "decoder.up_blocks.{}.resnets.{}.norm{}.conv_y.conv": "decoder.levels.{}.blocks.{}.norm{}.scale",
+    "decoder.up_blocks.{}.resnets.{}.norm{}.conv_b.conv": "decoder.levels.{}.blocks.{}.norm{}.shift",
+    "decoder.up_blocks.{}.resnets.{}.conv{}.conv": "decoder.levels.{}.blocks.{}.conv{}",
+    "decoder.up_blocks.{}.resnets.{}.conv_shortcut": "decoder.levels.{}.blocks.{}.shortcut",
+    "decoder.up_blocks.{}.upsamplers.0.conv": "decoder.levels.{}.resize",
+    "decoder.norm_out.norm_layer": "decoder.norm_out.norm",
+    "decoder.norm_out.conv_y.conv": "decoder.norm_out.scale",
+    "decoder.norm_out.conv_b.conv": "decoder.norm_out.shift",
+    "decoder.conv_out.conv": "decoder.conv_out",
+}
+
+# Fields with one supported value; absent means the library's default, which is that value.
+VAE_FIXED = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "norm_eps": 1e-6,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "invert_scale_latents": False,
+}
+
+
+def vae_config(json: dict) -> CogVideoXVAEConfig:
+    """vae/config.json -> CogVideoXVAEConfig. ValueError for another autoencoder."""
+    name = json.get("_class_name", "AutoencoderKLCogVideoX")
+    if name != "AutoencoderKLCogVideoX":
+        raise ValueError(f"_class_name = {name!r}; CogVideoX's is 'AutoencoderKLCogVideoX'")
+    for field, wanted in VAE_FIXED.items():
+        if json.get(field, wanted) != wanted:
+            raise ValueError(f"{field} = {json[field]!r}; supported: {wanted!r}, as in CogVideoX-5B")
+    return CogVideoXVAEConfig(
+        widths=tuple(json.get("block_out_channels", (128, 256, 256, 512))),
+        layers=json.get("layers_per_block", 3),
+        groups=json.get("norm_num_groups", 32),
+        latent_channels=json.get("latent_channels", 16),
+        temporal_ratio=int(json.get("temporal_compression_ratio", 4)),
+        scaling=json.get("scaling_factor", 1.15258426),
+        height=json.get("sample_height", 480),
+        width=json.get("sample_width", 720),
+    )
 
 
 # ------------------------------------------------------------------------------------- text encoder

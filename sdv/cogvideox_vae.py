@@ -1,0 +1,552 @@
+"""CogVideoX's causal 3-D VAE: 4 x 8 x 8 pixels to one latent, as a stream of short chunks of frames.
+
+Inside, activations are time first and channels last, (T, B, H, W, C): a run of frames is one block of memory.
+Without gradients every layer works on bands of rows small enough for the cache, so that normalised, activated
+and padded copies of a whole clip never exist, and a block adds its result to its input in place.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ENCODE_FRAMES = 8    # frames that are encoded together, and share the statistics of their norms
+DECODE_FRAMES = 2    # latent frames that are decoded together
+BAND_BYTES = 2**24   # size of a band of rows in float32
+
+
+@dataclass(frozen=True)
+class CogVideoXVAEConfig:
+    """Defaults are CogVideoX-5B. widths: channels at each resolution, full size first."""
+
+    widths: tuple[int, ...] = (128, 256, 256, 512)
+    layers: int = 3
+    groups: int = 32
+    latent_channels: int = 16
+    temporal_ratio: int = 4
+    scaling: float = 0.7
+    height: int = 480
+    width: int = 720
+
+    def __post_init__(self):
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"widths {self.widths} are not multiples of the {self.groups} groups of a norm")
+        halvings = range(min(len(self.widths), 4))
+        if self.temporal_ratio not in [2**n for n in halvings]:
+            raise ValueError(
+                f"temporal_ratio {self.temporal_ratio} is not one of {[2**n for n in halvings]}: "
+                f"one halving at most after each of {len(self.widths) - 1} levels, and {ENCODE_FRAMES} frames"
+            )
+
+    @property
+    def spatial_ratio(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+    def halves_time(self, level: int) -> bool:
+        return 2**level < self.temporal_ratio
+
+
+@dataclass
+class Stream:
+    """What a chunk of frames remembers of the one before it: two input frames of every convolution."""
+
+    lean: bool          # no gradients: work in bands, overwrite
+    last: bool = False  # nothing follows, so nothing needs to be remembered
+    past: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+def chunks(frames: int, size: int) -> list[tuple[int, int]]:
+    """Cut frames into runs of `size`; the first run takes the remainder as well."""
+    starts = [0, *range(frames % size + size, frames, size)]
+    return list(zip(starts, [*starts[1:], frames], strict=True))
+
+
+# ------------------------------------------------------------------------------------- convolution in time
+def toom_cook(outputs: int, points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices for `outputs` values of a three-tap filter g: y = after @ ((taps @ g) * (before @ d)).
+
+    The transpose of multiplying polynomials by their values at `points` and infinity (Toom and Cook; Winograd):
+    outputs + 2 products where the direct way takes 3 * outputs.
+    """
+
+    def values(degree: int) -> Tensor:
+        rows = [[p**k for k in range(degree)] for p in points]
+        return torch.tensor([*rows, [0.0] * (degree - 1) + [1.0]], dtype=torch.float64)
+
+    return torch.linalg.inv(values(outputs + 2)).T, values(3), values(outputs).T
+
+
+# Points chosen for small rounding errors. 1 comes first: its product has weight 1 in every output, like a bias.
+TILINGS = {
+    4: toom_cook(4, (1.0, -1.0, 0.0, 0.5, -2.0)),
+    2: toom_cook(2, (1.0, -1.0, 0.0)),
+    1: (torch.eye(3), torch.eye(3), torch.ones(1, 3)),
+}
+
+
+class TimeConv:
+    """A 3x3x3 convolution prepared for T + 2 frames: on the CPU in float32, four frames cost six products.
+
+    In bfloat16 the sums and differences it takes would double the rounding errors; GPUs do not wait for products.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, frames: int):
+        self.weight, self.bias = weight, bias
+        self.tiles, self.matrices, self.filters = [], {}, {}
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+            for size in TILINGS:
+                self.tiles += [size] * ((frames - sum(self.tiles)) // size)
+        for size in set(self.tiles):
+            before, taps, after = (matrix.to(weight) for matrix in TILINGS[size])
+            filters = torch.einsum("st,oithw->sohwi", taps, weight).contiguous()
+            self.matrices[size] = before, after
+            self.filters[size] = filters.permute(0, 1, 4, 2, 3)           # (size + 2, O, C, 3, 3)
+
+    def __call__(self, x: Tensor, pad_rows: int) -> Tensor:
+        """Frames (T + 2, B, H, W, C) -> (T, B, H, W, O), zeros beside the columns and, if asked, the rows."""
+        padding = (pad_rows, 1)
+        if not self.tiles:
+            volume = x.permute(1, 4, 0, 2, 3)                             # (B, C, T + 2, H, W)
+            volume = F.conv3d(volume, self.weight, self.bias, padding=(0, *padding))
+            return volume.permute(2, 0, 3, 4, 1)
+        starts = itertools.accumulate(self.tiles, initial=0)
+        return torch.cat([
+            self.tile(x[start : start + size + 2], size, padding)
+            for start, size in zip(starts, self.tiles, strict=False)
+        ])
+
+    def tile(self, window: Tensor, size: int, padding: tuple[int, int]) -> Tensor:
+        before, after = self.matrices[size]
+        mixed = (before @ window.flatten(1)).view(window.shape)           # (size + 2, B, H, W, C)
+        biases = [self.bias] + [None] * (size + 1)
+        products = torch.stack([
+            conv2d(frame, weight, bias, padding=padding)
+            for frame, weight, bias in zip(mixed, self.filters[size], biases, strict=True)
+        ])                                                                # (size + 2, B, H, W, O)
+        return (after @ products.flatten(1)).unflatten(1, products.shape[1:])
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tensor:
+    """2-D convolution of images (B, H, W, C)."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **how).permute(0, 2, 3, 1)
+
+
+def bands(x: Tensor, stream: Stream) -> Iterator[tuple[int, int]]:
+    """Cut the rows of (T, B, H, W, C) into bands; one band, all rows, where gradients need whole tensors."""
+    rows = x.shape[2]
+    height = max(8, BAND_BYTES // (4 * x[:, :, 0].numel())) if stream.lean else rows
+    for top in range(0, rows, height):
+        yield top, min(top + height, rows)
+
+
+class CausalConv(nn.Conv3d):
+    """3x3x3 convolution of a frame and the two before it; the first frame stands in for those before a clip."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3)
+
+    def forward(
+        self, x: Tensor, stream: Stream, affine: "Affine | None" = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Convolve x (T, B, H, W, C), or its silu(affine(x)), and add the residual (T, B, H, W, O).
+
+        In a lean stream the sum is written into the residual.
+        """
+        frames, batch, height, width, channels = x.shape
+        past = stream.past.pop(self, None)                                # (2, B, H, W, C), activated
+        future = None if stream.last else x.new_empty(2, *x.shape[1:])
+        convolve = TimeConv(self.weight, self.bias, frames)
+        out = residual if residual is not None else x.new_empty(*x.shape[:-1], self.out_channels)
+        for top, bottom in bands(x, stream):
+            low, high = max(top - 1, 0), min(bottom + 1, height)          # with a halo of one row
+            band = x[:, :, low:high] if affine is None else affine.activate(x, low, high)
+            before = band[:1].expand(2, -1, -1, -1, -1) if past is None else past[:, :, low:high]
+            band = torch.cat([before, band])                              # (T + 2, B, R, W, C)
+            if future is not None:
+                future[:, :, top:bottom] = band[-2:, :, top - low : bottom - low]
+            whole = bottom - top == height
+            if not whole:
+                band = F.pad(band, (0, 0, 0, 0, low == top, high == bottom))
+            y = convolve(band, pad_rows=int(whole))                       # (T, B, R, W, O)
+            if not stream.lean:
+                out = y if residual is None else y + residual
+            elif residual is None:
+                out[:, :, top:bottom] = y
+            else:
+                out[:, :, top:bottom] += y
+        if future is not None:
+            stream.past[self] = future
+        return out
+
+
+class Pointwise(nn.Conv3d):
+    """1x1x1 convolution of (..., C)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+# ----------------------------------------------------------------------------------------------- norms
+class Affine(NamedTuple):
+    """What a norm has found: scale and shift in float32, each (T or 1, B, h, w, C), for h x w cells of a frame."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def activate(self, x: Tensor, low: int, high: int) -> Tensor:
+        """silu(scale * x + shift) for rows low..high of x (T, B, H, W, C)."""
+        cells, columns = self.scale.shape[2:4]
+        rows = torch.arange(low, high, device=x.device) // (x.shape[2] // cells)
+        scale, shift = (each[:, :, rows, :, None] for each in self)       # (T, B, R, w, 1, C)
+        band = x[:, :, low:high].unflatten(3, (columns, -1))              # (T, B, R, w, W / w, C)
+        band = torch.addcmul(shift, band.to(scale.dtype), scale)
+        return F.silu(band).flatten(3, 4).to(x.dtype)                     # (T, B, R, W, C)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm over all the frames of a chunk, as an Affine that is still to be applied."""
+
+    def __init__(self, groups: int, channels: int):
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Affine:
+        accurate = torch.promote_types(x.dtype, torch.float32)
+        over = (0, 2, 3)
+        mean = x.mean(over, dtype=accurate)                               # (B, C)
+        mean = self.spread(mean.unflatten(-1, (self.num_groups, -1)).mean(-1, keepdim=True))
+        var = sum(
+            (x[:, :, top:bottom] - mean).square().sum(over) for top, bottom in bands(x, stream)
+        ) / x[:, 0, :, :, 0].numel()                                      # (B, C)
+        var = self.spread(var.unflatten(-1, (self.num_groups, -1)).mean(-1, keepdim=True))
+        scale = self.weight * torch.rsqrt(var + self.eps)                 # (1, B, 1, 1, C)
+        return Affine(scale, self.bias - mean * scale)
+
+    def spread(self, groups: Tensor) -> Tensor:
+        """(B, G, 1) -> (1, B, 1, 1, C)."""
+        return groups.expand(-1, -1, self.num_channels // self.num_groups).flatten(1)[None, :, None, None]
+
+
+class SpatialNorm(nn.Module):
+    """Group norm whose scale and shift depend on the latent z at each place (MoVQ, arXiv 2209.09002).
+
+    Both are computed at the size of z: a pointwise layer commutes with nearest-neighbour enlargement.
+    """
+
+    def __init__(self, groups: int, channels: int, latent_channels: int):
+        super().__init__()
+        self.norm = Norm(groups, channels)
+        self.scale = Pointwise(latent_channels, channels)
+        self.shift = Pointwise(latent_channels, channels)
+
+    def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Affine:
+        norm = self.norm(x, None, stream)
+        scale = self.scale(z).to(norm.scale.dtype)                        # (T', B, h, w, C)
+        shift = norm.shift * scale + self.shift(z)
+        frames = stretched(len(z), len(x)).to(x.device)
+        return Affine((norm.scale * scale)[frames], shift[frames])        # (T, B, h, w, C)
+
+
+def stretched(frames: int, to: int) -> Tensor:
+    """For each of `to` frames, which of `frames` it repeats. With an odd number the first stands alone."""
+    if to > 1 and to % 2:
+        return torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(to - 1) * (frames - 1) // (to - 1)])
+    return torch.arange(to) * frames // to
+
+
+# --------------------------------------------------------------------------------------------- resizing
+def each_frame(function: Callable[[Tensor], Tensor], x: Tensor, stream: Stream) -> Tensor:
+    """Apply a function of images (B, H, W, C) to every frame of (T, B, H, W, C)."""
+    if not stream.lean:
+        return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    out = None
+    for t, frame in enumerate(x):
+        y = function(frame)
+        out = y.new_empty(len(x), *y.shape) if out is None else out
+        out[t] = y
+    return out
+
+
+class Downsample(nn.Conv2d):
+    """Halve rows and columns with a strided convolution; average pairs of frames first where time is halved."""
+
+    def __init__(self, channels: int, halve_time: bool):
+        super().__init__(channels, channels, 3, stride=2)
+        self.halve_time = halve_time
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        if self.halve_time and len(x) > 1:
+            single = len(x) % 2
+            pairs = (x[single::2] + x[single + 1 :: 2]) / 2
+            x = torch.cat([x[:single], pairs])                            # (T', B, H, W, C)
+        return each_frame(self.shrink, x, stream)                         # (T', B, H / 2, W / 2, C)
+
+    def shrink(self, images: Tensor) -> Tensor:
+        images = F.pad(images, (0, 0, 0, 1, 0, 1))
+        return conv2d(images, self.weight, self.bias, stride=2)
+
+
+# A row of the enlarged image sees two rows of the small one: which of the three taps fall on each of them.
+FOLD = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # (even or odd row, small row, tap)
+
+
+class Upsample(nn.Conv2d):
+    """Double rows and columns (and frames) by nearest neighbour, then a 3x3 convolution, in one step.
+
+    Each of four outputs of a pixel is a 2x2 convolution of the small image: 16 products instead of 36. Frames
+    are doubled last, since equal frames have equal convolutions.
+    """
+
+    def __init__(self, channels: int, double_time: bool):
+        super().__init__(channels, channels, 3)
+        self.double_time = double_time
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        frames = len(x)
+        x = each_frame(self.enlarge, x, stream)                           # (T, B, 2 H, 2 W, C)
+        if self.double_time and frames > 1:
+            x = x[stretched(frames, 2 * frames - frames % 2).to(x.device)]
+        return x                                                          # (T', B, 2 H, 2 W, C)
+
+    def enlarge(self, images: Tensor) -> Tensor:
+        height, width = images.shape[1:3]
+        fold = FOLD.to(self.weight)
+        weights = torch.einsum("pir,qjs,ocrs->pqocij", fold, fold, self.weight)
+        rows = []
+        for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            y = conv2d(images, weights[p, q], self.bias, padding=1)       # (B, H + 1, W + 1, C)
+            rows.append(y[:, p : p + height, q : q + width])
+        y = torch.stack(rows, dim=-2).unflatten(-2, (2, 2))               # (B, H, W, 2, 2, C)
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)              # (B, 2 H, 2 W, C)
+
+
+# --------------------------------------------------------------------------------------------- the network
+class Block(nn.Module):
+    """Residual block; its norms follow z where there is one."""
+
+    def __init__(self, cfg: CogVideoXVAEConfig, in_channels: int, out_channels: int, spatial: bool):
+        super().__init__()
+        self.norm1 = make_norm(cfg, in_channels, spatial)
+        self.conv1 = CausalConv(in_channels, out_channels)
+        self.norm2 = make_norm(cfg, out_channels, spatial)
+        self.conv2 = CausalConv(out_channels, out_channels)
+        self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
+        h = self.conv1(x, stream, self.norm1(x, z, stream))               # (T, B, H, W, O)
+        return self.conv2(h, stream, self.norm2(h, z, stream), residual=self.shortcut(x))
+
+
+def make_norm(cfg: CogVideoXVAEConfig, channels: int, spatial: bool) -> Norm | SpatialNorm:
+    return SpatialNorm(cfg.groups, channels, cfg.latent_channels) if spatial else Norm(cfg.groups, channels)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, and the step to the next."""
+
+    def __init__(
+        self, cfg: CogVideoXVAEConfig, widths: tuple[int, int], layers: int, resize: nn.Module | None, spatial: bool
+    ):
+        super().__init__()
+        first, rest = widths
+        self.blocks = nn.ModuleList(Block(cfg, rest if i else first, rest, spatial) for i in range(layers))
+        self.resize = resize
+
+    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
+        for block in self.blocks:
+            x = block(x, z, stream)
+        return x if self.resize is None else self.resize(x, stream)
+
+
+class Encoder(nn.Module):
+    """One chunk of frames (T, B, H, W, 3) -> (T', B, h, w, 2 C): means, then log-variances."""
+
+    def __init__(self, cfg: CogVideoXVAEConfig):
+        super().__init__()
+        widths = cfg.widths
+        self.conv_in = CausalConv(3, widths[0])
+        self.levels = nn.ModuleList()
+        for i, pair in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            resize = Downsample(widths[i], cfg.halves_time(i)) if i + 1 < len(widths) else None
+            self.levels.append(Level(cfg, pair, cfg.layers, resize, spatial=False))
+        self.middle = Level(cfg, (widths[-1], widths[-1]), 2, None, spatial=False)
+        self.norm_out = Norm(cfg.groups, widths[-1])
+        self.conv_out = CausalConv(widths[-1], 2 * cfg.latent_channels)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv_in(x, stream)                                       # (T, B, H, W, C)
+        for level in self.levels:
+            x = level(x, None, stream)
+        x = self.middle(x, None, stream)                                  # (T', B, h, w, C)
+        return self.conv_out(x, stream, self.norm_out(x, None, stream))
+
+
+class Decoder(nn.Module):
+    """One chunk of latent frames (T', B, h, w, C) -> (T, B, H, W, 3)."""
+
+    def __init__(self, cfg: CogVideoXVAEConfig):
+        super().__init__()
+        widths = cfg.widths[::-1]
+        self.conv_in = CausalConv(cfg.latent_channels, widths[0])
+        self.middle = Level(cfg, (widths[0], widths[0]), 2, None, spatial=True)
+        self.levels = nn.ModuleList()
+        for i, pair in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            resize = Upsample(widths[i], cfg.halves_time(i)) if i + 1 < len(widths) else None
+            self.levels.append(Level(cfg, pair, cfg.layers + 1, resize, spatial=True))
+        self.norm_out = make_norm(cfg, widths[-1], spatial=True)
+        self.conv_out = CausalConv(widths[-1], 3)
+
+    def forward(self, z: Tensor, stream: Stream) -> Tensor:
+        x = self.middle(self.conv_in(z, stream), z, stream)               # (T', B, h, w, C)
+        for level in self.levels:
+            x = level(x, z, stream)
+        return self.conv_out(x, stream, self.norm_out(x, z, stream))      # (T, B, H, W, 3)
+
+
+# ------------------------------------------------------------------------------------------------- the VAE
+class Tiles(NamedTuple):
+    """Tiles of a frame and how far they overlap, in latents."""
+
+    height: int
+    width: int
+    overlap_height: int
+    overlap_width: int
+
+
+class CogVideoXVAE(nn.Module):
+    """Encodes clips to latents and decodes them, a few frames at a time.
+
+    When parameters or input need gradients all activations are kept; otherwise memory does not grow with time.
+    """
+
+    def __init__(self, cfg: CogVideoXVAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.tiling = False
+        self.set_tiles(cfg.height // 2, cfg.width // 2)
+
+    @property
+    def spatial_ratio(self) -> int:
+        return self.cfg.spatial_ratio
+
+    @property
+    def temporal_ratio(self) -> int:
+        return self.cfg.temporal_ratio
+
+    @property
+    def latent_channels(self) -> int:
+        return self.cfg.latent_channels
+
+    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): the posterior's mean, or a sample.
+
+        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
+        """
+        mean, logvar = self.posterior(clip)
+        if rng is not None:
+            noise = torch.randn(mean.shape, generator=rng, device=rng.device, dtype=mean.dtype)
+            mean = mean + torch.exp(logvar / 2) * noise.to(mean.device)
+        return mean * self.cfg.scaling
+
+    def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
+        frames, height, width = clip.shape[2:]
+        ratio, space = self.temporal_ratio, self.spatial_ratio
+        if (frames - 1) % ratio:
+            raise ValueError(f"a clip of {frames} frames: the VAE takes {ratio} k + 1, such as {4 * ratio + 1}")
+        if height % space or width % space:
+            raise ValueError(f"a clip of {width} x {height} pixels: the VAE takes multiples of {space}")
+        mean, logvar = self.in_tiles(self.encode_tile, clip, of=space, to=1).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W), about [-1, 1].
+
+        For odd k the network makes temporal_ratio frames of the first latent; all but the last are dropped.
+        """
+        return self.in_tiles(self.decode_tile, latents / self.cfg.scaling, of=1, to=self.spatial_ratio)
+
+    def encode_tile(self, clip: Tensor) -> Tensor:
+        (batch, _, frames, height, width), space = clip.shape, self.spatial_ratio
+        frames = (frames - 1) // self.temporal_ratio + 1
+        out = clip.new_empty(batch, 2 * self.latent_channels, frames, height // space, width // space)
+        return self.in_chunks(self.encoder, clip, ENCODE_FRAMES, out)
+
+    def decode_tile(self, z: Tensor) -> Tensor:
+        (batch, _, latents, height, width), space = z.shape, self.spatial_ratio
+        extra = 0 if latents % 2 else self.temporal_ratio - 1
+        frames = (latents - 1) * self.temporal_ratio + 1 + extra
+        out = z.new_empty(batch, 3, frames, height * space, width * space)
+        return self.in_chunks(self.decoder, z, DECODE_FRAMES, out)[:, :, extra:]
+
+    def in_chunks(self, network: nn.Module, x: Tensor, size: int, out: Tensor) -> Tensor:
+        """Send x (B, C, T, H, W) through a network a few frames at a time, into out (B, C', T', H', W')."""
+        gradients = x.requires_grad or any(p.requires_grad for p in network.parameters())
+        stream = Stream(lean=not (torch.is_grad_enabled() and gradients))
+        done = 0
+        for start, end in chunks(x.shape[2], size):
+            stream.last = end == x.shape[2]
+            chunk = x[:, :, start:end].permute(2, 0, 3, 4, 1).contiguous()  # (T, B, H, W, C)
+            y = network(chunk, stream)
+            out[:, :, done : done + len(y)] = y.permute(1, 4, 0, 2, 3)
+            done += len(y)
+        return out
+
+    # ------------------------------------------------------------------------------------------- tiles
+    def set_tiles(
+        self, height: int, width: int, overlap_height: float = 1 / 6, overlap_width: float = 1 / 5
+    ) -> None:
+        """Size of the tiles in pixels, rounded down to whole latents, and the parts blended into the next tile.
+
+        Used while `tiling` is true. A tile has its own statistics, so results differ a little from the whole.
+        """
+        rows, columns = max(height // self.spatial_ratio, 1), max(width // self.spatial_ratio, 1)
+        self.tiles = Tiles(rows, columns, int(rows * overlap_height), int(columns * overlap_width))
+
+    def in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, of: int, to: int) -> Tensor:
+        """Apply a function to the tiles of x (B, C, T, H, W); a latent is `of` wide in x and `to` in the result."""
+        tiles, (height, width) = self.tiles, x.shape[3:]
+        if not self.tiling or (height <= tiles.height * of and width <= tiles.width * of):
+            return function(x)
+        step_y, step_x = tiles.height - tiles.overlap_height, tiles.width - tiles.overlap_width
+        blend_y, blend_x = tiles.overlap_height * to, tiles.overlap_width * to
+        above, out = {}, None
+        for top in range(0, height // of, step_y):
+            beside = None
+            for left in range(0, width // of, step_x):
+                rows = slice(top * of, (top + tiles.height) * of)
+                columns = slice(left * of, (left + tiles.width) * of)
+                y = function(x[..., rows, columns])
+                if top:
+                    blend(above[left], y, dim=3)
+                if left:
+                    blend(beside, y, dim=4)
+                above[left], beside = tail(y, blend_y, dim=3), tail(y, blend_x, dim=4)
+                if out is None:
+                    out = y.new_empty(*y.shape[:3], height // of * to, width // of * to)
+                y = y[..., : step_y * to, : step_x * to]
+                out[..., top * to : top * to + y.shape[3], left * to : left * to + y.shape[4]] = y
+        return out
+
+
+def tail(x: Tensor, n: int, dim: int) -> Tensor:
+    """A copy of the last n places of a dimension, or of all if it is shorter."""
+    n = min(n, x.shape[dim])
+    return x.narrow(dim, x.shape[dim] - n, n).clone()
+
+
+def blend(before: Tensor, x: Tensor, dim: int) -> None:
+    """Fade from the end of `before` to the start of x, in place, over as much as both have."""
+    n = min(before.shape[dim], x.shape[dim])
+    fade = torch.arange(n, device=x.device, dtype=x.dtype) / max(n, 1)
+    fade = fade.unflatten(0, (-1, *[1] * (4 - dim)))
+    start = x.narrow(dim, 0, n)
+    start.copy_(tail(before, n, dim) * (1 - fade) + start * fade)
