@@ -245,8 +245,8 @@ def main() -> None:
         data["identity"] = Pairs(cfg.pairs, cfg.height, cfg.width, cfg.cls_token, cfg.crop_jitter)
     if cfg.p_video > 0:
         data["motion"] = Clips(cfg.clips, cfg.frames, cfg.fps, cfg.height, cfg.width, cfg.window)
-    for rows_of_task in data.values():
-        rows_of_task.verify(cfg.verify)
+    for folder in data.values():
+        folder.verify(cfg.verify)
     shot = sample.with_defaults(
         sample.Config(
             backbone=cfg.backbone, prompt=(cfg.sample_prompt,), seed=(cfg.seed,), steps=cfg.sample_steps,
@@ -295,7 +295,10 @@ def main() -> None:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"resumed from {newest}")
     size = {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
-    feeds = {t: batches(data[t], size[t], cfg.seed, start=taken[t], workers=cfg.workers) for t in data}
+    feeds = {
+        task: batches(folder, size[task], cfg.seed, taken[task], workers=cfg.workers, device=cfg.device)
+        for task, folder in data.items()
+    }
     metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (open as long as the run)
 
     # 5. Train.
