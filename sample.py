@@ -26,7 +26,7 @@ from sdv.lora import merge
 from sdv.media import fit, read_image, write_video
 from sdv.schedule import guidance
 from sdv.seeds import generator
-from sdv.settings import parse
+from sdv.settings import parse, run
 
 
 @dataclass(frozen=True)
@@ -155,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

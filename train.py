@@ -35,7 +35,7 @@ from sdv.lora import add_lora, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
 from sdv.objectives import Losses, Pair, denoising_loss, keep_tokens, random_frame
 from sdv.seeds import generator
-from sdv.settings import parse
+from sdv.settings import parse, run
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.95)  # (paper: 0.9 0.95)
     eps: float = 1e-8  # (paper: 1e-8)
     weight_decay: float = 1e-4  # (paper: 1e-4)
-    clip: float = 1.0  # largest gradient norm (paper: 1.0)
+    max_grad_norm: float = 1.0  # (paper: 1.0)
     # system
     out: str = "out/run"  # config.json, metrics.jsonl, samples, saves
     resume: bool = False  # go on from the newest save in --out
@@ -327,7 +327,7 @@ def main() -> None:
             require_finite(loss, batch, task, step)
             (loss.value / cfg.accumulate).backward()
             seen.setdefault(task, []).append(loss)
-        grad_norm = nn.utils.clip_grad_norm_(params.values(), cfg.clip)
+        grad_norm = nn.utils.clip_grad_norm_(params.values(), cfg.max_grad_norm)
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -351,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

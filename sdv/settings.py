@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,6 +32,14 @@ def parse(kind: type[T], description: str, argv: Sequence[str] | None = None) ->
         parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
     values = vars(parser.parse_args(argv)).items()
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script. Bad input, and a loss that is not finite, end it with one line instead of a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def _converter(annotation: type) -> dict:

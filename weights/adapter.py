@@ -44,8 +44,8 @@ def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None =
     _check_fit(path, dit, pairs, rank)
     for module_path, module in add_lora(dit, rank, alpha, tuple(pairs)).items():
         for leaf, tensor in pairs[module_path].items():
-            # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then round
-            # differently, and a resumed run would leave the path of the run that never stopped.
+            # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then
+            # round differently, and a resumed run would leave the path of the run that never stopped.
             getattr(module, leaf).data.copy_(tensor)
     return f"{path}: {len(pairs)} modules, rank {rank}, alpha {alpha:g} ({source}), scale {alpha / rank:g}"
 

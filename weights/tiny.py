@@ -91,7 +91,7 @@ INDEX = {
 
 
 def train_vocabulary(sentences: Iterable[str], size: int) -> bytes:
-    """A SentencePiece unigram model of about `size` pieces with T5's ids (pad 0, eos 1, unk 2); repeatable."""
+    """A SentencePiece unigram model of about `size` pieces with T5's ids: pad 0, eos 1, unk 2."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=size,
