@@ -207,12 +207,13 @@ def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
 
 def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     """Read packets only, stopping once every frame shown up to `until` seconds has been met."""
-    shown, keys = [], []
+    shown, keys, untimed = [], [], 0
     first = after = math.inf
     with _opened(path) as (container, stream):
         unit = stream.time_base
         for packet in container.demux(stream):
             if packet.pts is None:
+                untimed += packet.size > 0  # the last packet is empty: it flushes the decoder
                 continue
             if packet.is_keyframe:
                 keys.append(packet.pts)
@@ -224,8 +225,8 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
                 after = min(after, packet.pts)
             if packet.dts is not None and packet.dts >= after:  # what follows is shown at its dts or later
                 break
-    if not shown:
-        raise ValueError(f"{path}: no frame carries a timestamp; remux it to MP4 with generated ones")
+    if untimed or not shown:
+        raise ValueError(f"{path}: {untimed or 'all'} frames carry no timestamp; re-encode it to MP4")
     shown.sort()
     pts = np.array([stamp for stamp, _ in shown])
     seconds = (pts - pts[0]) * float(unit)

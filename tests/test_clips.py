@@ -199,8 +199,11 @@ def test_clips_are_measured(tmp_path):
     tags = {"sample_aspect_ratio": Fraction(2, 1)}  # pixels twice as wide as high
     wide = encode(tmp_path / "a.mp4", [blocks()] * 3, np.arange(3) * 40, tags=tags)
     assert media.inspect_clip(wide)[:2] == (32, 96)
-    plain = encode(tmp_path / "a.avi", [blocks()] * 50, np.arange(50), unit=Fraction(1, 25))
-    assert media.inspect_clip(plain).seconds == pytest.approx(2)  # AVI gives its frames no duration
+    plain = encode(tmp_path / "a.flv", [blocks()] * 50, np.arange(50) * 40, bf="0")
+    assert media.inspect_clip(plain).seconds == pytest.approx(2)  # FLV gives its frames no duration
+    untimed = encode(tmp_path / "a.mpg", [blocks()] * 50, np.arange(50) * 40, bf="0")
+    with pytest.raises(ValueError, match=r"a\.mpg: \d+ frames carry no timestamp; re-encode"):
+        media.inspect_clip(untimed)
 
 
 @pytest.mark.parametrize("tag, size, matrix", [(1, 64, 709), (5, 64, 601), (2, 64, 601), (2, 1280, 709)])
