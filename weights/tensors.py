@@ -1,7 +1,8 @@
 """Safetensors in and out: one file or an index of shards, renamed by a table, checked in both directions.
 
 A table has a row for every module of a checkpoint: {their path: our path}, `{}` for a number, None for
-tensors that are known and not needed. Whatever a table does not name is an error, never a guess.
+tensors that are known and not needed. A row may also name a single parameter, where the two sides call it
+differently. Whatever a table does not name is an error, never a guess.
 """
 
 import json
@@ -111,9 +112,10 @@ def rename(key: str, names: Names) -> str | None:
     """Their tensor name -> ours, None if the table ignores it. KeyError if no row fits."""
     module, _, leaf = key.rpartition(".")
     for theirs, ours in names.items():
-        match = re.fullmatch(re.escape(theirs).replace(r"\{\}", r"(\d+)"), module)
-        if match:
-            return None if ours is None else f"{ours.format(*match.groups())}.{leaf}"
+        pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)")
+        for part, end in ((module, f".{leaf}"), (key, "")):
+            if match := re.fullmatch(pattern, part):
+                return None if ours is None else ours.format(*match.groups()) + end
     raise KeyError(key)
 
 
@@ -158,13 +160,18 @@ def _first(items: Iterable[str], n: int = 3) -> str:
 def load_into(
     module: nn.Module, names: Names, folder: Path, device: str | torch.device, dtype: torch.dtype
 ) -> Report:
-    """Give a module on the meta device its parameters, frozen, one tensor at a time."""
+    """Give a module on the meta device its parameters, frozen, one tensor at a time.
+
+    What the module lists as `in_float32` stays in that, whatever the dtype of the rest.
+    """
     start = time.perf_counter()
     checkpoint = Checkpoint(folder)
+    exact = set(getattr(module, "in_float32", ()))
     size = count = 0
     for ours, theirs in plan(module, names, checkpoint).items():
         owner, _, leaf = ours.rpartition(".")
-        tensor = checkpoint[theirs].to(device=device, dtype=dtype)
+        kept = not exact.isdisjoint(ours.split("."))
+        tensor = checkpoint[theirs].to(device=device, dtype=torch.float32 if kept else dtype)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         size += tensor.nbytes
         count += tensor.numel()

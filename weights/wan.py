@@ -1,0 +1,120 @@
+"""Wan 2.2 TI2V-5B checkpoints, in the diffusers layout and in the original one: both become the same modules."""
+
+from sdv.wan_dit import WanConfig
+from weights.tensors import Names
+
+# ---------------------------------------------------------------------------------------- transformer
+DIT_NAMES: Names = {
+    "patch_embedding": "patch_in",
+    "condition_embedder.text_embedder.linear_1": "text_in.0",
+    "condition_embedder.text_embedder.linear_2": "text_in.2",
+    "condition_embedder.time_embedder.linear_1": "time_in.0",
+    "condition_embedder.time_embedder.linear_2": "time_in.2",
+    "condition_embedder.time_proj": "time_out",
+    "blocks.{}.scale_shift_table": "blocks.{}.modulation",
+    "blocks.{}.attn1.to_q": "blocks.{}.attn.q",
+    "blocks.{}.attn1.to_k": "blocks.{}.attn.k",
+    "blocks.{}.attn1.to_v": "blocks.{}.attn.v",
+    "blocks.{}.attn1.to_out.0": "blocks.{}.attn.out",
+    "blocks.{}.attn1.norm_q": "blocks.{}.attn.norm_q",
+    "blocks.{}.attn1.norm_k": "blocks.{}.attn.norm_k",
+    "blocks.{}.norm2": "blocks.{}.norm_cross",
+    "blocks.{}.attn2.to_q": "blocks.{}.cross.q",
+    "blocks.{}.attn2.to_k": "blocks.{}.cross.k",
+    "blocks.{}.attn2.to_v": "blocks.{}.cross.v",
+    "blocks.{}.attn2.to_out.0": "blocks.{}.cross.out",
+    "blocks.{}.attn2.norm_q": "blocks.{}.cross.norm_q",
+    "blocks.{}.attn2.norm_k": "blocks.{}.cross.norm_k",
+    "blocks.{}.ffn.net.0.proj": "blocks.{}.ff.up",
+    "blocks.{}.ffn.net.2": "blocks.{}.ff.down",
+    "scale_shift_table": "modulation",
+    "proj_out": "proj_out",
+}
+
+DIT_NAMES_ORIGINAL: Names = {
+    "patch_embedding": "patch_in",
+    "text_embedding.{}": "text_in.{}",
+    "time_embedding.{}": "time_in.{}",
+    "time_projection.1": "time_out",
+    "blocks.{}.modulation": "blocks.{}.modulation",
+    "blocks.{}.self_attn.q": "blocks.{}.attn.q",
+    "blocks.{}.self_attn.k": "blocks.{}.attn.k",
+    "blocks.{}.self_attn.v": "blocks.{}.attn.v",
+    "blocks.{}.self_attn.o": "blocks.{}.attn.out",
+    "blocks.{}.self_attn.norm_q": "blocks.{}.attn.norm_q",
+    "blocks.{}.self_attn.norm_k": "blocks.{}.attn.norm_k",
+    "blocks.{}.norm3": "blocks.{}.norm_cross",
+    "blocks.{}.cross_attn.q": "blocks.{}.cross.q",
+    "blocks.{}.cross_attn.k": "blocks.{}.cross.k",
+    "blocks.{}.cross_attn.v": "blocks.{}.cross.v",
+    "blocks.{}.cross_attn.o": "blocks.{}.cross.out",
+    "blocks.{}.cross_attn.norm_q": "blocks.{}.cross.norm_q",
+    "blocks.{}.cross_attn.norm_k": "blocks.{}.cross.norm_k",
+    "blocks.{}.ffn.0": "blocks.{}.ff.up",
+    "blocks.{}.ffn.2": "blocks.{}.ff.down",
+    "head.modulation": "modulation",
+    "head.head": "proj_out",
+}
+
+# Fields with one supported value; absent means the library's default, which is that value.
+DIT_FIXED = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+
+def dit_config(json: dict) -> WanConfig:
+    """transformer/config.json of the diffusers layout -> WanConfig. ValueError for what is not supported."""
+    for field, wanted in DIT_FIXED.items():
+        if json.get(field, wanted) != wanted:
+            raise ValueError(
+                f"{field} = {json[field]!r}; supported: {wanted!r}, as in Wan 2.2 TI2V-5B. Models with an "
+                "image encoder take their picture another way"
+            )
+    patch = tuple(json.get("patch_size", (1, 2, 2)))
+    if patch[0] != 1 or patch[1] != patch[2]:
+        raise ValueError(f"patch_size = {list(patch)}; supported: one frame of a square, [1, 2, 2]")
+    _same_channels(json.get("in_channels", 16), json.get("out_channels", 16))
+    return WanConfig(
+        layers=json.get("num_layers", 40),
+        heads=json.get("num_attention_heads", 40),
+        head_dim=json.get("attention_head_dim", 128),
+        hidden=json.get("ffn_dim", 13824),
+        channels=json.get("in_channels", 16),
+        patch=patch[1],
+        freq_dim=json.get("freq_dim", 256),
+        text_dim=json.get("text_dim", 4096),
+        norm_eps=json.get("eps", 1e-6),
+    )
+
+
+def original_dit_config(json: dict) -> WanConfig:
+    """config.json of the original layout -> WanConfig. ValueError for what is not supported."""
+    kind = json.get("model_type", "ti2v")
+    if kind not in ("t2v", "ti2v"):
+        raise ValueError(
+            f"model_type = {kind!r}; supported: 'ti2v', Wan 2.2 TI2V-5B, which starts from noise"
+        )
+    _same_channels(json.get("in_dim", 16), json.get("out_dim", 16))
+    heads = json.get("num_heads", 16)
+    return WanConfig(
+        layers=json.get("num_layers", 32),
+        heads=heads,
+        head_dim=json.get("dim", 2048) // heads,
+        hidden=json.get("ffn_dim", 8192),
+        channels=json.get("in_dim", 16),
+        freq_dim=json.get("freq_dim", 256),
+        text_tokens=json.get("text_len", 512),
+        norm_eps=json.get("eps", 1e-6),
+    )
+
+
+def _same_channels(channels_in: int, channels_out: int) -> None:
+    if channels_in != channels_out:
+        raise ValueError(
+            f"{channels_in} channels in, {channels_out} out: an image-to-video model, which takes an image "
+            "beside the noise; the method starts from a text-to-video model"
+        )
