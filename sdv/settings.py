@@ -35,7 +35,7 @@ def parse(kind: type[T], description: str, argv: Sequence[str] | None = None) ->
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script. Bad input, and a loss that is not finite, end it with one line instead of a traceback."""
+    """Call a script. Bad input, or a loss that is not finite, ends it with one line, not a traceback."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
