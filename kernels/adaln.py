@@ -301,14 +301,13 @@ def _save(ctx, inputs, output):
 def _grads(ctx, dh, dout, _dstats):
     """Gradients may be wider than their inputs: autograd rounds them to the input's dtype."""
     h, y, gate, scale, weight, bias, stats = ctx.saved_tensors
-    learns = any(ctx.needs_input_grad[3:7])
-    if dout is None:  # only the residual stream was used
-        h = scale = weight = bias = None
-    if gate is None and dout is None:
+    dh = None if gate is None else dh
+    if dout is None or scale is None:  # only the residual stream was made, or used
+        dout = h = scale = weight = bias = None
+    if dh is None and dout is None:
         return (None,) * 9
-    dx, dy, sums, dgate = _adaln_backward(
-        dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns and dout is not None
-    )
+    learns = dout is not None and any(ctx.needs_input_grad[3:7])
+    dx, dy, sums, dgate = _adaln_backward(dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns)
     dx, dy, dgate = dh if dout is None else dx, None if gate is None else dy, None if y is None else dgate
     if not sums.numel():
         return dx, dy, dgate, *(None,) * 6

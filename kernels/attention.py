@@ -112,7 +112,7 @@ def _load(x, xS, b, h, row, L, ROWS: tl.constexpr, K: tl.constexpr, TMA: tl.cons
         tile = x.load([b, h, row, 0]).reshape(ROWS, K)
     else:
         i = tl.arange(0, ROWS)[:, None]
-        at = _start(x, xS, b, h, row) + i * xS[2] + tl.arange(0, K)[None, :]
+        at = _start(x, xS, b, h, row) + tl.cast(i, tl.int64) * xS[2] + tl.arange(0, K)[None, :]
         tile = tl.load(at, mask=row + i < L, other=0.0) if TAIL else tl.load(at)
     return tile
 
@@ -322,4 +322,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None):
     require(
         q.device == k.device == v.device, f"attention: devices differ: {q.device}, {k.device}, {v.device}"
     )
-    require(scale is None or scale >= 0, f"attention: scale {scale} is negative: negate q instead")
+    require(scale is None or scale > 0, f"attention: scale {scale} is not positive: negate q instead")

@@ -300,7 +300,7 @@ _rope.register_autograd(_grads, setup_context=_save)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (0, 1), (2, 3).. of the last R tokens of x (B, H, L, K) by cos, sin (R, K // 2) fp32.
 
-    The first L - R tokens (text) pass unchanged. Best for a (B, L, H, K) tensor seen transposed, as the output is.
+    The first L - R tokens (text) stay. Best for a (B, L, H, K) tensor seen transposed, as the output is.
     """
     _check("rope", x, {}, (), cos, sin)
     if not use_triton(x):

@@ -1,0 +1,519 @@
+"""The kernels against float64: outputs, every gradient, every layout, and what mathematics promises.
+
+    pytest test_kernels.py                      without CUDA: Triton's interpreter, in a process of its own, for
+                                                it has to be on before Triton is imported
+    TRITON_INTERPRET=1 pytest test_kernels.py   the same, in this process
+    make test-triton TRITON=3.6.0               with another Triton: 3.6, 3.7 and 3.9 are held to pass
+
+With CUDA the GPU runs them. The interpreter checks numbers and indexing, not the machine code (the lint at
+the end reads that), and its bf16 is wrong: there kernels get bf16 as fp32, and only the result is rounded.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ARCHS = (90,) if CUDA else (90, 80)  # in the interpreter: the kernels with TMA, and those with pointers
+OWN_PROCESS = not CUDA and not dispatch.INTERPRET
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request):
+    """Fresh memory is NaN: whoever reads what nobody wrote is found out."""
+    if OWN_PROCESS and request.function.__name__ != "test_in_a_process_of_its_own":
+        pytest.skip("runs in test_in_a_process_of_its_own")
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not OWN_PROCESS, reason="this process runs the kernels itself")
+def test_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()[-4000:]
+
+
+# ---- the oracle: formulas in float64 ---------------------------------------------------------------------
+
+
+def softmax_attention(q, k, v, scale=None):
+    return torch.softmax(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale), -1) @ v
+
+
+def turn(x, cos, sin):
+    """Multiplication by e^(i angle), with the pairs as complex numbers."""
+    x, text = x.to(cos.dtype), x.shape[2] - len(cos)
+    pairs = torch.view_as_complex(x[:, :, text:].unflatten(-1, (-1, 2)).contiguous()) * torch.complex(
+        cos, sin
+    )
+    return torch.cat((x[:, :, :text], torch.view_as_real(pairs).flatten(-2)), 2)
+
+
+def head_norm(x, weight, bias, cos, sin, eps=1e-6):
+    centred = x - x.mean(-1, keepdim=True)
+    return turn(centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias, cos, sin)
+
+
+def token_norm(x, weight, cos=None, sin=None, eps=1e-6):
+    normed = x / (x.square().mean((1, 3), keepdim=True) + eps).sqrt() * weight.view(x.shape[1], 1, -1)
+    return normed if cos is None else turn(normed, cos, sin)
+
+
+def per_token(m, x, segments):
+    lengths = (x.shape[1] // m.shape[1],) * m.shape[1] if segments is None else segments
+    return torch.cat([m[:, s : s + 1].expand(-1, n, -1) for s, n in enumerate(lengths)], 1)
+
+
+def modulated(x, scale, shift, weight=None, bias=None, eps=1e-5, segments=None):
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    normed = normed * (1 if weight is None else weight) + (0 if bias is None else bias)
+    return normed * (1 + per_token(scale, x, segments)) + per_token(shift, x, segments)
+
+
+def gated(x, y, gate, segments=None):
+    return x + per_token(gate, x, segments) * y
+
+
+def gated_modulated(x, y, gate, scale, shift, weight=None, bias=None, eps=1e-5, segments=None):
+    h = gated(x, y, gate, segments)
+    return h, modulated(h, scale, shift, weight, bias, eps, segments)
+
+
+# ---- how they are compared -------------------------------------------------------------------------------
+
+
+def rel(a, b):
+    """||a - b|| / ||b||, and absolute where b all but vanishes (the gradient of a softmax over one key)."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(0.1)).item()
+
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def results(f, inputs, weights, wide=False):
+    """f's outputs, and the gradients of sum(output * weight) to every input that learns."""
+
+    def keep(x):
+        return x.detach().double() if wide else x.detach()
+
+    learns = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
+    mine = [keep(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    leaves = [x.requires_grad_() for x, wanted in zip(mine, learns, strict=True) if wanted]
+    out = f(*mine)
+    out = out if isinstance(out, tuple) else (out,)
+    weights = weights or [torch.randn_like(o) for o in out]
+    return (
+        out,
+        torch.autograd.grad(out, leaves, [w.to(o.dtype) for w, o in zip(weights, out, strict=True)]),
+        weights,
+    )
+
+
+def agree(kernel, oracle, inputs, forward=1e-5, backward=1e-4, weights=None):
+    """Kernel and oracle agree, output by output and gradient by gradient, and nothing is NaN."""
+    out, grads, weights = results(kernel, inputs, weights)
+    true_out, true_grads, _ = results(oracle, inputs, weights, wide=True)
+    for a, b, x in zip(
+        grads, true_grads, (x for x in inputs if getattr(x, "requires_grad", False)), strict=True
+    ):
+        assert a.shape == b.shape and a.dtype == x.dtype and rel(a, b) <= backward
+    for a, b in zip(out, true_out, strict=True):
+        assert a.shape == b.shape and rel(a, b) <= forward
+
+
+def no_worse_than_torch(kernel, oracle, inputs):
+    """In half precision: at most twice the error of the plain formula in the same precision."""
+    out, grads, weights = results(kernel, inputs, None)
+    plain_out, plain_grads, _ = results(oracle, inputs, weights)
+    true_out, true_grads, _ = results(oracle, inputs, weights, wide=True)
+    for a, b, true in zip((*out, *grads), (*plain_out, *plain_grads), (*true_out, *true_grads), strict=True):
+        assert rel(a, true) <= 2 * rel(b, true) + 1e-6
+
+
+def heads(B, H, L, K, dtype=torch.float32, layout="linear"):
+    """x (B, H, L, K) as callers may hold it."""
+    if layout == "contiguous":
+        x = numbers(B, H, L, K, dtype=dtype)
+    elif layout == "fused":  # one of q, k, v of a single linear
+        x = numbers(B, L, 3 * H * K, dtype=dtype).chunk(3, -1)[1].unflatten(-1, (H, K)).transpose(1, 2)
+    elif layout == "odd":  # neither rows nor base lie at multiples of 16 bytes
+        x = numbers(B, H, L, K + 1, dtype=dtype)[..., 1:]
+    elif layout == "expanded":  # one head for all
+        x = numbers(B, 1, L, K, dtype=dtype).expand(B, H, L, K)
+    else:
+        x = numbers(B, L, H * K, dtype=dtype).unflatten(-1, (H, K)).transpose(1, 2)
+    return x.requires_grad_()
+
+
+def tables(R, K):
+    angle = torch.rand(R, K // 2, device=DEVICE) * 6.28
+    return angle.cos(), angle.sin()
+
+
+# ---- attention -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("K", (16, 32, 64, 128))
+@pytest.mark.parametrize(("Lq", "Lk"), ((1, 1), (17, 300), (300, 77), (130, 130)))
+def test_attention(Lq, Lk, K, arch):
+    inputs = [heads(1, 2, L, K) for L in (Lq, Lk, Lk)]
+    with dispatch.pretend(arch):
+        agree(kernels.attention, softmax_attention, inputs)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("layout", ("contiguous", "fused", "odd", "expanded"))
+def test_attention_layouts(layout, arch):
+    inputs = [heads(2, 2, 40, 32, layout=layout) for _ in range(3)]
+    every = numbers(2, 40, 2, 32).transpose(1, 2), torch.ones(1, device=DEVICE).expand(2, 2, 40, 32)
+    with dispatch.pretend(arch):
+        for weight in every:  # the second is what .sum().backward() sends: all strides 0
+            agree(kernels.attention, softmax_attention, inputs, weights=[weight])
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_attention_in_half_precision(dtype):
+    inputs = [heads(1, 2, L, 64, dtype=dtype) for L in (77, 130, 130)]
+    no_worse_than_torch(kernels.attention, softmax_attention, inputs)
+
+
+def test_attention_scale_and_large_scores():
+    q, k, v = (heads(1, 1, 70, 64) for _ in range(3))
+    for scale in (0.03, 4.0):  # 4: scores of a hundred and more, far past what exp alone could take
+        agree(
+            lambda *x, s=scale: kernels.attention(*x, s),
+            lambda *x, s=scale: softmax_attention(*x, s),
+            [q, k, v],
+        )
+
+
+def test_attention_theorems():
+    q, k, v = (heads(1, 2, 77, 64).detach() for _ in range(3))
+    out = kernels.attention(q, k, v)
+    order = torch.randperm(77, device=DEVICE)
+    assert rel(kernels.attention(q, k[:, :, order], v[:, :, order]), out) < 1e-6  # keys are a set
+    assert rel(kernels.attention(q, k, torch.ones_like(v)), torch.ones_like(v)) < 1e-6  # weights add up to 1
+    assert rel(kernels.attention(q, k + 3.0, v), out) < 1e-5  # softmax does not see a shift
+    assert (
+        torch.equal(out.transpose(1, 2), out.transpose(1, 2).contiguous())
+        and out.transpose(1, 2).is_contiguous()
+    )
+
+
+# ---- rotation and the norms before it --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("L", "R", "K"), ((1, 1, 64), (17, 17, 128), (77, 60, 64), (130, 0, 32), (300, 299, 16))
+)
+def test_rope_and_norms(L, R, K):
+    H, table = 3, tables(R, K)
+    x = heads(2, H, L, K)
+    weight, bias, wide = (numbers(n).requires_grad_() for n in (K, K, H * K))
+    agree(kernels.rope, turn, [x, *table])
+    agree(kernels.layernorm_rope, head_norm, [x, weight, bias, *table])
+    agree(kernels.rmsnorm_rope, token_norm, [x, wide, *table])
+    agree(kernels.rmsnorm_rope, token_norm, [x, wide])
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "fused", "odd", "expanded"))
+def test_rope_layouts(layout):
+    x, table = heads(2, 20, 9, 32, layout=layout), tables(7, 32)  # 20 heads: more than one tile holds
+    weight, bias, wide = (numbers(n).requires_grad_() for n in (32, 32, 640))
+    for weights in (
+        [numbers(2, 9, 20, 32).transpose(1, 2)],
+        [torch.ones(1, device=DEVICE).expand(2, 20, 9, 32)],
+    ):
+        agree(kernels.rope, turn, [x, *table], weights=weights)
+        agree(kernels.layernorm_rope, head_norm, [x, weight, bias, *table], weights=weights)
+        agree(kernels.rmsnorm_rope, token_norm, [x, wide, *table], weights=weights)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_rope_and_norms_in_half_precision(dtype):
+    x, table = heads(1, 4, 33, 64, dtype=dtype), tables(30, 64)
+    weight, bias, wide = (numbers(n, dtype=dtype).requires_grad_() for n in (64, 64, 256))
+
+    def rounded(norm):  # the norm in half precision, the turn in fp32: as models without fused kernels do it
+        return lambda x, *rest: norm(x, *rest).to(x.dtype)
+
+    no_worse_than_torch(kernels.layernorm_rope, rounded(head_norm), [x, weight, bias, *table])
+    no_worse_than_torch(kernels.rmsnorm_rope, rounded(token_norm), [x, wide, *table])
+
+
+def test_rope_theorems():
+    x, (cos, sin) = heads(1, 2, 24, 32).detach(), tables(24, 32)
+    turned = kernels.rope(x, cos, sin)
+    assert rel(turned.norm(dim=-1), x.norm(dim=-1)) < 1e-6  # a turn keeps lengths
+    assert rel(kernels.rope(turned, cos, -sin), x) < 1e-6  # and can be undone
+    angle = torch.arange(24, device=DEVICE)[:, None] * torch.rand(1, 16, device=DEVICE)
+    q, k = (kernels.rope(x[:, :, :1].expand_as(x), angle.cos(), angle.sin()) for _ in range(2))
+    scores = q @ k.mT  # same token everywhere: scores depend on the distance alone
+    assert rel(scores[0, 0, 5:], scores[0, 0, :-5].roll(5, -1)) > 0.1
+    assert rel(scores[0, 0, 5:, 5:], scores[0, 0, :-5, :-5]) < 1e-5
+
+
+# ---- adaptive norm and gated residual --------------------------------------------------------------------
+
+CUTS = {
+    "whole": (1, None),
+    "token": (None, None),
+    "two": (2, (9, -9)),
+    "hole": (3, (5, 0, -5)),
+    "many": (4, (1, 2, 3, -6)),
+}
+
+
+def blocks(B, L, D, cut, dtype=torch.float32, modulation=torch.float32):
+    """(x, y), (gate, scale, shift) as strided chunks of one linear, (weight, bias), segments"""
+    S, segments = CUTS[cut]
+    S = S or L
+    segments = segments and tuple(n if n >= 0 else L + n for n in segments)
+    rows = [numbers(B, L, D, dtype=dtype).requires_grad_() for _ in range(2)]
+    three = [m.requires_grad_() for m in numbers(B, S, 3 * D, dtype=modulation).chunk(3, -1)]
+    return rows, three, [numbers(D, dtype=modulation).requires_grad_() for _ in range(2)], segments
+
+
+def three_ways(compare, B, L, D, cut, **dtypes):
+    (x, y), (gate, scale, shift), affine, segments = blocks(B, L, D, cut, **dtypes)
+    more = {"segments": segments}
+    for f, g, inputs in (
+        (kernels.adaln, modulated, [x, scale, shift]),
+        (kernels.adaln, modulated, [x, scale, shift, *affine]),
+        (kernels.gated_residual, gated, [x, y, gate]),
+        (kernels.gated_residual_adaln, gated_modulated, [x, y, gate, scale, shift, *affine]),
+    ):
+        compare(lambda *a, f=f: f(*a, **more), lambda *a, g=g: g(*a, **more), inputs)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_adaln(cut):
+    three_ways(agree, 2, 17, 96, cut)
+
+
+@pytest.mark.parametrize(("L", "D"), ((1, 64), (77, 40), (300, 8)))
+def test_adaln_ragged(L, D):
+    (x, y), three, affine, segments = blocks(1, L, D, "whole")
+    agree(kernels.gated_residual_adaln, gated_modulated, [x, y, *three, *affine])
+
+
+@pytest.mark.parametrize("modulation", (torch.float32, torch.bfloat16, torch.float16))
+def test_adaln_in_half_precision(modulation):
+    """Wan keeps modulation in fp32 beside a bf16 stream: gradients come in the dtype of their input."""
+    dtype = torch.float16 if modulation == torch.float16 else torch.bfloat16
+    three_ways(
+        partial(agree, forward=6e-3, backward=1.2e-2), 1, 33, 96, "two", dtype=dtype, modulation=modulation
+    )
+
+
+def test_adaln_layouts():
+    x = numbers(2, 11, 3 * 48).chunk(3, -1)[1].requires_grad_()
+    scale, shift = (numbers(1, 1, 48).expand(2, 1, 48).requires_grad_() for _ in range(2))
+    for weight in (numbers(2, 48, 11).mT, torch.ones(1, device=DEVICE).expand(2, 11, 48)):
+        agree(kernels.adaln, modulated, [x, scale, shift], weights=[weight])
+        agree(
+            kernels.gated_residual, gated, [x, x.detach().flip(1).requires_grad_(), scale], weights=[weight]
+        )
+    agree(kernels.adaln, modulated, [numbers(2, 48, 11).mT.requires_grad_(), scale, shift])
+
+
+def test_adaln_theorems():
+    (x, y), (gate, *_), (weight, bias), _ = blocks(2, 30, 64, "whole")
+    zero = torch.zeros_like(gate)
+    plain = torch.nn.functional.layer_norm(x, (64,), weight, bias, 1e-5)
+    assert rel(kernels.adaln(x, zero, zero, weight, bias), plain) < 1e-6  # no modulation: LayerNorm
+    assert (
+        rel(kernels.adaln(3 * x + 1, zero, zero), kernels.adaln(x, zero, zero)) < 1e-4
+    )  # blind to scale and shift
+    assert torch.equal(kernels.gated_residual(x, y, zero), x)  # a closed gate
+    h, out = kernels.gated_residual_adaln(x, y, gate, gate, gate)
+    assert (
+        torch.equal(h, kernels.gated_residual(x, y, gate)) and rel(out, kernels.adaln(h, gate, gate)) < 1e-6
+    )
+
+
+@pytest.mark.parametrize("used", (0, 1))
+def test_one_of_two_outputs(used):
+    (x, y), three, affine, segments = blocks(1, 20, 32, "two")
+
+    def f(*a):
+        return kernels.gated_residual_adaln(*a, segments=segments)[used]
+
+    inputs = [x, y, three[0], *(three[1:] + affine if used else [m.detach() for m in three[1:] + affine])]
+    agree(f, lambda *a: gated_modulated(*a, segments=segments)[used], inputs)
+
+
+def test_frozen_modulation():
+    """What LoRA runs: gradients to x and y alone are the same, and y is not kept for backward."""
+    (x, y), three, affine, segments = blocks(1, 20, 32, "two")
+    frozen = [m.detach() for m in (*three, *affine)]
+    agree(lambda *a: kernels.gated_residual_adaln(*a, segments=segments),
+          lambda *a: gated_modulated(*a, segments=segments), [x, y, *frozen])  # fmt: skip
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        kernels.gated_residual_adaln(x, y, *frozen, segments=segments)
+    assert saved and y.data_ptr() not in saved
+    z = heads(1, 2, 9, 32)
+    agree(kernels.layernorm_rope, head_norm, [z, numbers(32), numbers(32), *tables(9, 32)])
+
+
+# ---- for every kernel ------------------------------------------------------------------------------------
+
+
+def everything():
+    """One call of each public function, for what is asked of all."""
+    q, k, table = heads(1, 2, 40, 32), heads(1, 2, 40, 32), tables(33, 32)
+    (x, y), (gate, scale, shift), (weight, bias), segments = blocks(1, 40, 64, "two")
+    head, token = numbers(32).requires_grad_(), numbers(64).requires_grad_()
+    return {
+        "attention": (kernels.attention, [q, k, k]),
+        "rope": (kernels.rope, [q, *table]),
+        "layernorm_rope": (kernels.layernorm_rope, [q, head, head, *table]),
+        "rmsnorm_rope": (kernels.rmsnorm_rope, [q, token, *table]),
+        "adaln": (lambda *a: kernels.adaln(*a, segments=segments), [x, scale, shift, weight, bias]),
+        "gated_residual": (lambda *a: kernels.gated_residual(*a, segments=segments), [x, y, gate]),
+        "gated_residual_adaln": (
+            lambda *a: kernels.gated_residual_adaln(*a, segments=segments),
+            [x, y, gate, scale, shift, weight, bias],
+        ),
+    }  # fmt: skip
+
+
+EVERY = pytest.mark.parametrize("name", kernels.__all__)
+
+
+@EVERY
+def test_same_bits_twice(name):
+    f, inputs = everything()[name]
+    out, grads, weights = results(f, inputs, None)
+    again, grads_again, _ = results(f, inputs, weights)
+    assert all(torch.equal(a, b) for a, b in zip((*out, *grads), (*again, *grads_again), strict=True))
+
+
+@EVERY
+def test_float64_goes_to_the_reference(name):
+    f, inputs = everything()[name]
+    wide = [x.detach().double() for x in inputs]
+    out, narrow = f(*wide), f(*inputs)
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (out, narrow)), strict=True):
+        assert a.dtype == torch.float64 and rel(b, a) < 1e-5
+
+
+@EVERY
+def test_compiles_into_one_graph(name):
+    f, inputs = everything()[name]
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(n.target) for n in graph.graph.nodes)
+        return graph
+
+    out, grads, weights = results(f, inputs, None)
+    compiled = torch.compile(f, fullgraph=True, backend=backend)  # forward as dynamo sees it
+    out_c, grads_c, _ = results(compiled, inputs, weights)
+    assert any("sdv" in target for target in seen)
+    assert all(torch.equal(a, b) for a, b in zip((*out, *grads), (*out_c, *grads_c), strict=True))
+    traced = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)  # backward through the fakes
+    out_c, grads_c, _ = results(traced, inputs, weights)
+    assert all(rel(a, b) < 1e-6 for a, b in zip((*out, *grads), (*out_c, *grads_c), strict=True))
+
+
+def test_operators_are_well_formed():
+    attention, rope, adaln = (importlib.import_module(f"kernels.{m}") for m in ("attention", "rope", "adaln"))
+    q, table = heads(1, 2, 20, 32), tables(15, 32)
+    (x, y), (gate, scale, shift), (weight, bias), segments = blocks(1, 20, 64, "two")
+    head, segments = numbers(32).requires_grad_(), list(segments)
+    torch.library.opcheck(attention._attention, (q, q, q, 0.2))
+    torch.library.opcheck(rope._rope, (q, None, None, *table, 0.0, "none", 1.0))
+    torch.library.opcheck(rope._rope, (q, head, head, *table, 1e-6, "layer", 1.0))
+    torch.library.opcheck(adaln._adaln, (x, y, gate, scale, shift, weight, bias, 1e-5, segments))
+    torch.library.opcheck(adaln._adaln, (x, None, None, scale, shift, None, None, 1e-5, segments))
+    torch.library.opcheck(adaln._adaln, (x, y, gate, None, None, None, None, 0.0, segments))
+
+
+def test_offsets_past_two_to_the_31():
+    """Three tokens 2^30 numbers apart: the last lies past what 32 bits can count."""
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    far = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)  # touched at three places only
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    x = far.as_strided((1, 3, 64), (0, 2**30, 1)).copy_(numbers(1, 3, 64))
+    near, scale = x.clone(), numbers(1, 1, 64)
+    assert torch.equal(kernels.adaln(x, scale, scale), kernels.adaln(near, scale, scale))
+
+    def split(t):
+        return t.unflatten(-1, (2, 32)).transpose(1, 2)
+
+    table = tables(3, 32)
+    assert torch.equal(kernels.rope(split(x), *table), kernels.rope(split(near), *table))
+    for arch in ARCHS:
+        with dispatch.pretend(arch):
+            assert torch.equal(kernels.attention(*[split(x)] * 3), kernels.attention(*[split(near)] * 3))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named():
+    q, x, m = heads(1, 2, 8, 32), numbers(1, 8, 64), numbers(1, 2, 64)
+    cos, sin = tables(9, 32)
+    for message, call in {
+        "k and v differ": lambda: kernels.attention(q, q, q[:, :, :4]),
+        "dtypes differ": lambda: kernels.attention(q, q.half(), q.half()),
+        "want the same B, H, K": lambda: kernels.attention(q, q[:, :1], q[:, :1]),
+        "not positive: negate q": lambda: kernels.attention(q, q, q, -1.0),
+        r"K in \(16, 32, 64, 128\), not 24": lambda: kernels.attention(*[numbers(1, 1, 4, 24)] * 3),
+        "turn more tokens": lambda: kernels.rope(q, cos, sin),
+        r"want \(R, 16\) each": lambda: kernels.rope(q, cos[:4, :8], sin[:4, :8]),
+        r"weight \(64,\): want \(32,\)": lambda: kernels.layernorm_rope(
+            q, x[0, 0], x[0, 0], cos[:8], sin[:8]
+        ),
+        "both cos and sin": lambda: kernels.rmsnorm_rope(q, x[0, 0], cos[:8]),
+        "2 modulations for 8 tokens": lambda: kernels.adaln(x, m, m),
+        "do not sum to the 8": lambda: kernels.adaln(x, m, m, segments=(3, 4)),
+        r"scale \(1, 2, 64\): want": lambda: kernels.adaln(x, m, m, segments=(3, 3, 2)),
+        "and y .* differ": lambda: kernels.gated_residual(x, x.half(), m, segments=(4, 4)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_who_runs_what(monkeypatch):
+    q = numbers(1, 1, 4, 16)
+    assert dispatch.use_triton(q) and not dispatch.use_triton(q.double())
+    monkeypatch.setattr(dispatch, "MODE", "reference")
+    assert not dispatch.use_triton(q)
+    monkeypatch.setattr(dispatch, "MODE", "triton")
+    with pytest.raises(ValueError, match="cannot run torch.float64"):
+        kernels.attention(*[q.double()] * 3)
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    with pytest.raises(ValueError, match="SDV_KERNELS=triton, but Triton cannot run torch.float32 on cpu"):
+        kernels.attention(*[q.cpu()] * 3)
+    monkeypatch.setattr(dispatch, "MODE", "auto")
+    assert not dispatch.use_triton(q.cpu())
+
+
+def test_machine_code():
+    """A sample of the lint: bf16, all kernels for sm_90, attention for the other chips. Needs no GPU."""
+    command = [sys.executable, "-m", "kernels.bench", "--lint", "--sample"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()[-4000:] + done.stderr.decode()[-2000:]
