@@ -1,8 +1,11 @@
-"""Prompts to token ids (SentencePiece) and token ids to features (the encoder of T5 v1.1).
+"""Prompts to token ids (SentencePiece) and token ids to features (the encoders of T5 v1.1 and UMT5).
 
-Sources: arXiv 1910.10683 (T5: relative bias, no attention scale), arXiv 2002.05202 (the gated feed-forward).
+Sources: arXiv 1910.10683 (T5: relative bias, no attention scale), arXiv 2002.05202 (the gated feed-forward),
+arXiv 2304.09151 (UMT5: a relative bias in every block).
 """
 
+import html
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+from sdv.vocabulary import sentencepiece_model
+
 PAD, EOS, UNK = 0, 1, 2
 
 
@@ -23,16 +28,22 @@ class Tokenizer:
     <extra_id_0>, _1, ... take the ids behind the pieces, last first, and cls_token the next one (32100). Text
     between special tokens is a sentence of its own, so spaces beside them vanish. Same ids as transformers'
     T5Tokenizer, but that a decomposed letter with a second mark or joiner is composed, as SentencePiece does.
+    model_file is a spiece.model or a tokenizer.json. unk is 2 in T5, 3 in UMT5, which has no such rules.
     """
 
     def __init__(
-        self, model_file: str | Path, max_length: int = 226, extra_ids: int = 100, cls_token: str = "<cls>"
+        self,
+        model_file: str | Path,
+        max_length: int = 226,
+        extra_ids: int = 100,
+        cls_token: str = "<cls>",
+        unk: int = UNK,
     ):
-        self.pieces = _read_pieces(Path(model_file))
+        self.pieces = _read_pieces(Path(model_file), unk)
         self.max_length = max_length
         n = self.pieces.get_piece_size()
         self.cls_id = n + extra_ids
-        self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK, cls_token: self.cls_id}
+        self.special = {self.pieces.id_to_piece(i): i for i in range(unk + 1)} | {cls_token: self.cls_id}
         self.special |= {f"<extra_id_{i}>": self.cls_id - 1 - i for i in range(extra_ids)}
         self.boundary = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
 
@@ -56,24 +67,30 @@ class Tokenizer:
         return ids
 
 
-def _read_pieces(path: Path) -> SentencePieceProcessor:
+def _read_pieces(path: Path, unk: int) -> SentencePieceProcessor:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the tokenizer needs the checkpoint's spiece.model")
     try:
-        pieces = SentencePieceProcessor(model_file=str(path))
+        if path.suffix == ".json":
+            pieces = SentencePieceProcessor(model_proto=sentencepiece_model(path))
+        else:
+            pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a SentencePiece model, or cut short ({error})") from error
-    if "Ａ" in pieces.normalize("Ａ"):  # the rules that make it an A stand at the end of the file
+    if unk == UNK and "Ａ" in pieces.normalize("Ａ"):  # the rules that make it an A stand at the file's end
         raise ValueError(f"{path}: cut short, its normalization rules are missing. Download it again.")
     found = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
-    if found != (PAD, EOS, UNK):
-        raise ValueError(f"{path}: pad, eos, unk have ids {found}, in a T5 vocabulary {(PAD, EOS, UNK)}")
+    if found != (PAD, EOS, unk):
+        raise ValueError(f"{path}: pad, eos, unk have ids {found}; this model's have {(PAD, EOS, unk)}")
     return pieces
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """The defaults are the encoder of T5 v1.1 XXL (4,762,310,656 parameters)."""
+    """The defaults are the encoder of T5 v1.1 XXL (4,762,310,656 parameters).
+
+    bias_in_every_block: UMT5's blocks have a relative bias each, T5's share one.
+    """
 
     vocab: int = 32128
     dim: int = 4096
@@ -84,6 +101,7 @@ class T5Config:
     buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+    bias_in_every_block: bool = False
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
@@ -108,11 +126,15 @@ class RelativeBias(nn.Module):
         self.max_distance = cfg.max_distance
         self.table = nn.Embedding(cfg.buckets, cfg.heads)
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length: int, mask: Tensor | None = None) -> Tensor:
         # Counted on the CPU: another device's logarithm could round a distance into the neighbouring bucket.
         buckets = relative_buckets(length, self.table.num_embeddings, self.max_distance)
         bias = self.table(buckets.to(self.table.weight.device))           # (L, L, N)
-        return bias.permute(2, 0, 1)[None].contiguous()                   # (1, N, L, L)
+        bias = bias.permute(2, 0, 1)[None].contiguous()                   # (1, N, L, L)
+        if mask is None:
+            return bias
+        hidden = ~mask.bool()[:, None, None, :]                           # (B, 1, 1, L)
+        return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)      # (B, N, L, L)
 
 
 class T5Attention(nn.Module):
@@ -150,6 +172,7 @@ class T5Block(nn.Module):
         self.attn = T5Attention(cfg)
         self.norm2 = nn.RMSNorm(cfg.dim, eps=cfg.eps)
         self.ff = T5FeedForward(cfg)
+        self.bias = RelativeBias(cfg) if cfg.bias_in_every_block else None
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), bias)                            # (B, L, D)
@@ -163,17 +186,15 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab, cfg.dim)
-        self.bias = RelativeBias(cfg)  # one table, shared by all blocks
+        self.bias = None if cfg.bias_in_every_block else RelativeBias(cfg)  # one table, shared by all blocks
         self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.eps)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.embed(ids)                                               # (B, L, D)
-        bias = self.bias(ids.shape[1])                                    # (1, N, L, L)
-        if mask is not None:
-            hidden = ~mask.bool()[:, None, None, :]                       # (B, 1, 1, L)
-            bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)  # (B, N, L, L)
+        shared = None if self.bias is None else self.bias(ids.shape[1], mask)
         for block in self.blocks:
+            bias = block.bias(ids.shape[1], mask) if shared is None else shared
             x = block(x, bias)                                            # (B, L, D)
         return self.norm(x)                                               # (B, L, D)
 
@@ -197,3 +218,36 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: str | Sequence[str]) -> Tensor:
         return self.encoder(self.tokenize(prompts))                       # (B, L, D)
+
+
+# ftfy mends broken encodings and full-width signs. The original runs it, but nothing here depends on it.
+FTFY = importlib.util.find_spec("ftfy") is not None
+CLEANING = "HTML entities and white space" + (", after ftfy" if FTFY else "; not ftfy, it is not installed")
+
+
+def clean(prompt: str) -> str:
+    """Wan's cleaning of a prompt: broken encodings, HTML entities (escaped twice at most), white space."""
+    if FTFY:
+        import ftfy
+
+        prompt = ftfy.fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+class UMT5TextEncoder(TextEncoder):
+    """Prompts to features (B, L, D) as Wan reads them: cleaned, masked, zeros behind each prompt's end."""
+
+    def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return super().tokenize([clean(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def forward(self, prompts: str | Sequence[str]) -> Tensor:
+        ids = self.tokenize(prompts)                                      # (B, L)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        lengths = ((ids == EOS) * (places + 1)).amax(dim=1)               # (B,): every prompt ends with </s>
+        mask = places < lengths[:, None]                                  # (B, L)
+        longest = int(lengths.max())                                      # what is hidden is never computed
+        x = self.encoder(ids[:, :longest], mask[:, :longest])             # (B, L', D)
+        x = x * mask[:, :longest, None]
+        return F.pad(x, (0, 0, 0, ids.shape[1] - longest))                # (B, L, D)

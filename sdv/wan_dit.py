@@ -1,9 +1,9 @@
 """The Wan 2.2 TI2V-5B transformer: self-attention over reference and video, cross-attention to the text.
 
-Every token has its own time: the reference is clean, at t = 0, the video noisy, at t. All tokens of a kind share
-theirs, so there are two sets of modulations, not one for each token. Where the reference sits in the rotary grid
-is a setting. A rotation only sees differences of positions: video from frame 0 or from frame 1 is the same, what
-counts is the gap between the two.
+Every token has its own time: the reference is clean, at t = 0, the video noisy, at t. All tokens of a kind
+share theirs, so there are two sets of modulations, not one for each token. Where the reference sits in the
+rotary grid is a setting. A rotation only sees differences of positions, so a video from frame 0 and one from
+frame 1 are the same; what counts is the gap between reference and video.
 
     leading   ref 0 | 0 1 2 ..        one frame before the video: where Wan's own first frame stands
     shared    ref 0 and 0 1 2 ..      the place of the video's first frame
@@ -93,7 +93,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], segments: tuple[int, ...]
     ) -> Tensor:
-        """x (B, L, D), text (B, L', D), time (B, S, 6, D): a row of modulations for each of S segments of x."""
+        """x (B, L, D), text (B, L', D), time (B, S, 6, D): modulations for each of S segments of x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time).unbind(2)
         zero, one = torch.zeros_like(gate1), torch.ones_like(gate1)       # (B, S, D)
         norm = self.norm_cross

@@ -172,11 +172,8 @@ def test_in_bf16_the_time_path_and_the_norms_stay_float32(stock):
     video, t, text, ref = inputs()
     dit = load(folder, dtype=torch.bfloat16)
     kept = {name for name, p in dit.named_parameters() if p.dtype == torch.float32}
-    assert kept == {
-        name
-        for name, _ in dit.named_parameters()
-        if any(word in name for word in ("time", "modulation", "norm"))
-    }
+    wanted = ("time", "modulation", "norm")
+    assert kept == {name for name, _ in dit.named_parameters() if any(word in name for word in wanted)}
     exact = load(folder)
     assert torch.equal(dit.embed_time(t[:, None])[1], exact.embed_time(t[:, None])[1])
     pred = dit(video.bfloat16(), t, text.bfloat16(), ref.bfloat16())

@@ -90,13 +90,18 @@ INDEX = {
 }
 
 
-def train_vocabulary(sentences: Iterable[str], size: int) -> bytes:
-    """A SentencePiece unigram model of about `size` pieces with T5's ids: pad 0, eos 1, unk 2."""
+def train_vocabulary(sentences: Iterable[str], size: int, umt5: bool = False) -> bytes:
+    """A SentencePiece unigram model of about `size` pieces with T5's ids: pad 0, eos 1, unk 2.
+
+    UMT5's has <s> 2, unk 3, and no normalization rules.
+    """
     model = io.BytesIO()
+    rules = "identity" if umt5 else "nmt_nfkc"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=size,
         hard_vocab_limit=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
+        pad_id=0, eos_id=1, unk_id=3 if umt5 else 2, bos_id=2 if umt5 else -1, normalization_rule_name=rules,
+        pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", bos_piece="<s>",
     )  # fmt: skip
     return model.getvalue()
 

@@ -1,6 +1,10 @@
-"""Wan 2.2 TI2V-5B checkpoints, in the diffusers layout and in the original one: both become the same modules."""
+"""Wan 2.2 TI2V-5B checkpoints in the diffusers layout and in the original one, read into the same modules."""
 
+import dataclasses
+
+from sdv.text import T5Config
 from sdv.wan_dit import WanConfig
+from weights.cogvideox import T5_NAMES, t5_config
 from weights.tensors import Names
 
 # ---------------------------------------------------------------------------------------- transformer
@@ -118,3 +122,33 @@ def _same_channels(channels_in: int, channels_out: int) -> None:
             f"{channels_in} channels in, {channels_out} out: an image-to-video model, which takes an image "
             "beside the noise; the method starts from a text-to-video model"
         )
+
+
+# ------------------------------------------------------------------------------------- text encoder
+UMT5_NAMES: Names = {theirs: ours for theirs, ours in T5_NAMES.items() if ours != "bias.table"}
+UMT5_NAMES |= {"encoder.block.{}.layer.0.SelfAttention.relative_attention_bias": "blocks.{}.bias.table"}
+
+UMT5_NAMES_ORIGINAL: Names = {
+    "token_embedding": "embed",
+    "blocks.{}.pos_embedding.embedding": "blocks.{}.bias.table",
+    "blocks.{}.norm1": "blocks.{}.norm1",
+    "blocks.{}.attn.q": "blocks.{}.attn.q",
+    "blocks.{}.attn.k": "blocks.{}.attn.k",
+    "blocks.{}.attn.v": "blocks.{}.attn.v",
+    "blocks.{}.attn.o": "blocks.{}.attn.out",
+    "blocks.{}.norm2": "blocks.{}.norm2",
+    "blocks.{}.ffn.gate.0": "blocks.{}.ff.gate",
+    "blocks.{}.ffn.fc1": "blocks.{}.ff.up",
+    "blocks.{}.ffn.fc2": "blocks.{}.ff.down",
+    "norm": "norm",
+}
+UMT5_XXL = T5Config(vocab=256_384, bias_in_every_block=True)
+UNK, EXTRA_IDS = 3, 300  # of UMT5's vocabulary
+
+
+def umt5_config(json: dict) -> T5Config:
+    """text_encoder/config.json -> T5Config. ValueError for any text encoder but UMT5."""
+    if json.get("model_type", "umt5") != "umt5":
+        raise ValueError(f"model_type = {json['model_type']!r}; Wan reads text with 'umt5'")
+    shared = t5_config({"feed_forward_proj": "gated-gelu", **json, "model_type": "t5"})
+    return dataclasses.replace(shared, bias_in_every_block=True)
