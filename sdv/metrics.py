@@ -29,27 +29,29 @@ def judge(
     gallery: list[Subject] | None = None,
     ref: Tensor | None = None,
     fps: float = 8,
-) -> dict[str, float]:
+) -> dict[str, float | str | None]:
     """One row of numbers for a clip that should show truth; ref (3, H, W) is the picture it was made from.
 
     gallery: who else it could be; left out, 99 others of the species, so that the caption alone gives 1 %.
     """
     seen = track(clip)
     who = identity(seen, truth.subject, gallery or lookalikes(truth.subject))
-    pace = speed(clip, fps)
+    moves, pace = motion_class(seen), speed(clip, fps)
     row = {
         "top1": float(who.rank == 1),
         "top5": float(who.rank <= 5),
         "margin": who.margin,
         "colour": who.colour,
         "shape": who.shape,
-        "motion": float(motion_class(seen) == truth.motion),
+        "seen motion": moves,
+        "motion": float(moves == truth.motion),
         "fit": motion_fit(seen)[truth.motion],
         "dynamic": float(pace > DYNAMIC),
         "speed": pace,
         "smoothness": smoothness(clip),
         "flicker": flicker(clip),
         "duplicates": duplicates(clip),
+        "seen background": seen.place,
         "background": float(seen.place == truth.background),
     }
     return row if ref is None else row | _copying(clip, seen, truth, ref)
@@ -65,7 +67,8 @@ def evaluate(
     """{"mean": the mean of every number, "rows": a row of `judge` for each clip}."""
     each = zip(clips, truths, refs or [None] * len(clips), strict=True)
     rows = [judge(clip, truth, gallery, ref, fps) for clip, truth, ref in each]
-    return {"mean": {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, "rows": rows}
+    names = [name for name in rows[0] if not name.startswith("seen")]
+    return {"mean": {name: float(np.mean([row[name] for row in rows])) for name in names}, "rows": rows}
 
 
 # Seeing
@@ -99,9 +102,8 @@ def track(clip: Tensor) -> Track:
     cover = mask.mean((1, 2))
     seen = float(((cover > 0.01) & (cover < 0.5)).float().mean()) > 0.75
     known = float(distance.median()) < 0.15
-    ground = (_places(mask.shape[-1])[nearest] * mask.mean(0)).sum((1, 2)) / mask.mean(0).sum().clamp(
-        min=1e-6
-    )
+    weight = mask.mean(0) / mask.mean(0).sum().clamp(min=1e-6)
+    ground = (_places(mask.shape[-1])[nearest] * weight).sum((1, 2))
     return Track(list(BACKGROUNDS)[nearest] if known else None, ground, mask, blob, _turns(blob.look), seen)
 
 

@@ -94,7 +94,7 @@ def test_track_follows_the_truth(size, frames):
 )
 def test_the_subject_is_found_among_100_of_its_species(change, least):
     top, motion, place = [], [], []
-    for i in range(50):
+    for i in range(40):
         clip, truth = real(i)
         seen = metrics.track(change(clip))
         gallery = world.lookalikes(truth.subject)
