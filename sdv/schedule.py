@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-Denoise = Callable[[Tensor, int, int], Tensor]
+Denoise = Callable[[Tensor, float, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class VPrediction:
 
     def timesteps(self, steps: int) -> Tensor:
         """Where a sampler of so many steps calls the network: (steps,) int64, evenly down from the last t."""
-        if not 1 <= steps <= self.train_steps:
-            raise ValueError(f"{steps} sampling steps: ask for 1 to {self.train_steps}")
+        _check_steps(steps, self.train_steps)
         ends = np.arange(self.train_steps, 0, -self.train_steps / steps)[:steps]  # rounding can add one
         return torch.from_numpy(ends.round().astype(np.int64) - 1)
 
@@ -86,6 +86,65 @@ class VPrediction:
         """sqrt(abar_t) and sqrt(1 - abar_t) in fp32, one per sample of x."""
         abar = self.abar[torch.as_tensor(t).cpu()].reshape(-1, *[1] * (x.ndim - 1))
         return abar.sqrt().to(x.device, torch.float32), (1 - abar).sqrt().to(x.device, torch.float32)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """x_t = (1 - s) x + s noise with s = t / train_steps in [0, 1], and a network that predicts the flow,
+    noise - x (arXiv 2210.02747). Defaults are Wan 2.2 TI2V-5B.
+
+    A shift above 1 moves times towards noise, s -> shift s / (1 + (shift - 1) s) (arXiv 2403.03206, eq. 23):
+    `shift` those of sampling, `train_shift` those of training, which are uniform if it is 1.
+    x is (B, C, T, H, W), t is (B,). Arithmetic is in fp32, results have the dtype of x.
+    """
+
+    train_steps: int = 1000
+    shift: float = 5.0
+    train_shift: float = 1.0
+    default_sampler: str = "unipc"
+
+    @property
+    def samplers(self) -> dict[str, Callable]:
+        return {"unipc": unipc, "euler": euler}
+
+    def draw(self, batch: int, rng: Generator | None = None) -> Tensor:
+        """One time a sample: (B,) fp32 in [0, train_steps)."""
+        return self.train_steps * _shifted(torch.rand(batch, generator=rng), self.train_shift)
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        s = self._share(x, t)
+        return ((1 - s) * x + s * noise).to(x.dtype)
+
+    def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The flow, the same at every t."""
+        return noise - x
+
+    def to_x0(self, x_t: Tensor, pred: Tensor, t: Tensor | float) -> Tensor:
+        """The clean x that a predicted flow implies."""
+        return (x_t - self._share(x_t, t) * pred).to(x_t.dtype)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The shares of noise between which a sampler steps: (steps + 1,) float64, from 1 down to 0."""
+        _check_steps(steps, self.train_steps)
+        even = torch.from_numpy(np.linspace(1, 1 / self.train_steps, steps + 1)[:-1])
+        return torch.cat([_shifted(even, self.shift), even.new_zeros(1)])
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Where a sampler of so many steps calls the network: (steps,) float64."""
+        return self.train_steps * self.sigmas(steps)[:-1]
+
+    def _share(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """s in fp32, one per sample of x."""
+        return torch.as_tensor(t, device=x.device).float().reshape(-1, *[1] * (x.ndim - 1)) / self.train_steps
+
+
+def _shifted(s: Tensor, shift: float) -> Tensor:
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def _check_steps(steps: int, most: int) -> None:
+    if not 1 <= steps <= most:
+        raise ValueError(f"{steps} sampling steps: ask for 1 to {most}")
 
 
 def ddim(
@@ -124,7 +183,59 @@ def dpm(
     return x
 
 
-def guidance(scale: float, t: int, steps: int, dynamic: bool = False) -> float:
+def euler(
+    schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
+) -> Tensor:
+    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32, without rng."""
+    x, sigmas = x.float(), schedule.sigmas(steps).tolist()
+    for i, (now, then) in enumerate(pairwise(sigmas)):
+        x = x + (then - now) * denoise(x, schedule.train_steps * now, i)
+    return x
+
+
+def unipc(
+    schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
+) -> Tensor:
+    """UniPC-2 with B(h) = e^h - 1 (arXiv 2302.04867), Wan's sampler: noise x -> clean x in fp32, without rng.
+
+    A step from s to s' is the exact solution for an x0 that is constant, or bends as two estimates of it say.
+    The network's answer at s' corrects the step that led there, at no further call. As in diffusers, it is
+    called at whole timesteps, rounded down.
+    """
+    times = [int(t) for t in schedule.timesteps(steps).clamp(max=schedule.train_steps * (1 - 1e-6))]
+    # The log SNR of pure noise is infinite; how close to it the first step begins, fp32 says, as in diffusers.
+    sigmas = schedule.sigmas(steps).clamp(max=1 - 1e-6).float().double()
+    snr = -sigmas.logit()
+
+    def step(x: Tensor, i: int, x0: Tensor, before: Tensor | None, after: Tensor | None = None) -> Tensor:
+        """x from sigma i to i + 1. x0 is the estimate at i, before at i - 1, after, to correct, at i + 1."""
+        h = snr[i + 1] - snr[i]
+        grow = torch.expm1(-h)
+        first = (grow / -h - 1) / grow                                    # means of the bend and its square
+        estimate, end = x0, 0.5
+        if before is not None and i + 1 < steps:                          # second order
+            r = (snr[i - 1] - snr[i]) / h
+            start = 0.5
+            if after is not None:
+                second = 2 * ((grow / -h - 1) / -h - 0.5) / grow
+                start = (first - second) / (1 - r)
+                end = first - start
+            estimate = estimate + start / r * (before - x0)
+        if after is not None:
+            estimate = estimate + end * (after - x0)
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * grow * estimate
+
+    x, begin, x0, before = x.float(), None, None, None
+    for i, t in enumerate(times):
+        estimate = x - sigmas[i] * denoise(x, t, i)
+        if i:
+            x = step(begin, i - 1, x0, before, estimate)
+        begin, before, x0 = x, x0, estimate
+        x = step(x, i, x0, before)
+    return x
+
+
+def guidance(scale: float, t: float, steps: int, dynamic: bool = False) -> float:
     """The weight w of the prompted prediction against the unprompted one: pred = bare + w (prompted - bare).
 
     dynamic: CogVideoX's cosine guidance as released and as diffusers runs it. It has the timestep t where a
