@@ -203,7 +203,7 @@ def unipc(
     called at whole timesteps, rounded down.
     """
     times = [int(t) for t in schedule.timesteps(steps).clamp(max=schedule.train_steps * (1 - 1e-6))]
-    # The log SNR of pure noise is infinite; how close to it the first step begins, fp32 says, as in diffusers.
+    # Log SNR of pure noise is infinite; how close to it the first step begins, fp32 says: as in diffusers
     sigmas = schedule.sigmas(steps).clamp(max=1 - 1e-6).float().double()
     snr = -sigmas.logit()
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from sdv.text import T5Config
 from sdv.wan_dit import WanConfig
+from sdv.wan_vae import WanVAEConfig
 from weights.cogvideox import T5_NAMES, t5_config
 from weights.tensors import Names
 
@@ -152,3 +153,86 @@ def umt5_config(json: dict) -> T5Config:
         raise ValueError(f"model_type = {json['model_type']!r}; Wan reads text with 'umt5'")
     shared = t5_config({"feed_forward_proj": "gated-gelu", **json, "model_type": "t5"})
     return dataclasses.replace(shared, bias_in_every_block=True)
+
+
+# ------------------------------------------------------------------------------------------------ VAE
+VAE_NAMES: Names = {
+    "quant_conv": "encoder.posterior",
+    "post_quant_conv": "decoder.latent_in",
+    "encoder.down_blocks.{}.resnets.{}.norm{}": "encoder.levels.{}.blocks.{}.norm{}",
+    "encoder.down_blocks.{}.resnets.{}.conv{}": "encoder.levels.{}.blocks.{}.conv{}",
+    "encoder.down_blocks.{}.resnets.{}.conv_shortcut": "encoder.levels.{}.blocks.{}.shortcut",
+    "encoder.down_blocks.{}.downsampler.resample.1": "encoder.levels.{}.resize",
+    "encoder.down_blocks.{}.downsampler.time_conv": "encoder.levels.{}.time",
+    "decoder.up_blocks.{}.resnets.{}.norm{}": "decoder.levels.{}.blocks.{}.norm{}",
+    "decoder.up_blocks.{}.resnets.{}.conv{}": "decoder.levels.{}.blocks.{}.conv{}",
+    "decoder.up_blocks.{}.resnets.{}.conv_shortcut": "decoder.levels.{}.blocks.{}.shortcut",
+    "decoder.up_blocks.{}.upsampler.resample.1": "decoder.levels.{}.resize",
+    "decoder.up_blocks.{}.upsampler.time_conv": "decoder.levels.{}.time",
+}
+VAE_NAMES_ORIGINAL: Names = {
+    "conv1": "encoder.posterior",
+    "conv2": "decoder.latent_in",
+}
+for _side, _level, _resize in (("encoder", "downsamples", 2), ("decoder", "upsamples", 3)):
+    VAE_NAMES |= {
+        f"{_side}.conv_in": f"{_side}.conv_in",
+        f"{_side}.mid_block.resnets.0.norm{{}}": f"{_side}.middle.block1.norm{{}}",
+        f"{_side}.mid_block.resnets.0.conv{{}}": f"{_side}.middle.block1.conv{{}}",
+        f"{_side}.mid_block.attentions.0.norm": f"{_side}.middle.attention.norm",
+        f"{_side}.mid_block.attentions.0.to_qkv": f"{_side}.middle.attention.to_qkv",
+        f"{_side}.mid_block.attentions.0.proj": f"{_side}.middle.attention.proj",
+        f"{_side}.mid_block.resnets.1.norm{{}}": f"{_side}.middle.block2.norm{{}}",
+        f"{_side}.mid_block.resnets.1.conv{{}}": f"{_side}.middle.block2.conv{{}}",
+        f"{_side}.norm_out": f"{_side}.norm_out",
+        f"{_side}.conv_out": f"{_side}.conv_out",
+    }
+    VAE_NAMES_ORIGINAL |= {
+        f"{_side}.conv1": f"{_side}.conv_in",
+        f"{_side}.{_level}.{{}}.{_level}.{{}}.shortcut": f"{_side}.levels.{{}}.blocks.{{}}.shortcut",
+        f"{_side}.{_level}.{{}}.{_level}.{_resize}.resample.1": f"{_side}.levels.{{}}.resize",
+        f"{_side}.{_level}.{{}}.{_level}.{_resize}.time_conv": f"{_side}.levels.{{}}.time",
+        f"{_side}.middle.1.norm": f"{_side}.middle.attention.norm",
+        f"{_side}.middle.1.to_qkv": f"{_side}.middle.attention.to_qkv",
+        f"{_side}.middle.1.proj": f"{_side}.middle.attention.proj",
+        f"{_side}.head.0": f"{_side}.norm_out",
+        f"{_side}.head.2": f"{_side}.conv_out",
+    }
+    # A residual block is a list, in which activations and dropout count too.
+    _block = f"{_level}.{{}}.{_level}.{{}}"
+    for _place, _layer in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2")):
+        VAE_NAMES_ORIGINAL |= {
+            f"{_side}.{_block}.residual.{_place}": f"{_side}.levels.{{}}.blocks.{{}}.{_layer}",
+            f"{_side}.middle.0.residual.{_place}": f"{_side}.middle.block1.{_layer}",
+            f"{_side}.middle.2.residual.{_place}": f"{_side}.middle.block2.{_layer}",
+        }
+
+# Fields with one supported value and the library's default; Wan 2.1's VAE, for one, has no shortcuts.
+VAE_FIXED = (
+    ("is_residual", False, True),
+    ("patch_size", None, 2),
+    ("in_channels", 3, 12),
+    ("out_channels", 3, 12),
+    ("attn_scales", [], []),
+)
+
+
+def vae_config(json: dict) -> WanVAEConfig:
+    """vae/config.json of the diffusers layout -> WanVAEConfig. ValueError for another autoencoder."""
+    for field, default, wanted in VAE_FIXED:
+        if json.get(field, default) != wanted:
+            raise ValueError(f"{field} = {json.get(field, default)!r}; supported: {wanted!r}, as in Wan 2.2")
+    channels = json.get("z_dim", 16)
+    for field in ("latents_mean", "latents_std"):
+        if len(json.get(field, ())) != channels:
+            raise ValueError(f"{field} has {len(json.get(field, ()))} numbers, z_dim is {channels}")
+    return WanVAEConfig(
+        encoder_width=json.get("base_dim", 96),
+        decoder_width=json.get("decoder_base_dim") or json.get("base_dim", 96),
+        multipliers=tuple(json.get("dim_mult", (1, 2, 4, 4))),
+        layers=json.get("num_res_blocks", 2),
+        halve_time=tuple(json.get("temperal_downsample", (False, True, True))),
+        latent_channels=channels,
+        mean=tuple(json["latents_mean"]),
+        std=tuple(json["latents_std"]),
+    )
