@@ -68,9 +68,9 @@ class Tiles(NamedTuple):
 # By (architecture, K). Chosen 2026-11 by the compiler's registers, spills and shared memory; not timed yet.
 TILES = {
     (80, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
-    (80, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 16, 8, 2), Tile(64, 64, 8, 2)),
+    (80, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
     (89, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
-    (89, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 16, 8, 2), Tile(64, 64, 8, 2)),
+    (89, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
     (90, 64): Tiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     (90, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
     (100, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),

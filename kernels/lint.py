@@ -134,7 +134,7 @@ def faults(row: Row) -> Iterator[str]:
     Triton 3.6 keeps 8 bytes of stack for sm_120 wherever there is TMA; that is no spill.
     """
     exact = "attention" in row.kernel and "fp32" in row.case
-    if row.stack > 16 and not exact:
+    if row.stack > 8 and not exact:
         yield f"spills {row.stack} bytes"
     if row.shared > SHARED[row.arch]:
         yield f"{row.shared} bytes of shared memory, the chip has {SHARED[row.arch]}"
