@@ -74,12 +74,15 @@ def rmsnorm_rope_reference(
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    R = cos.shape[0]
-    text, visual = rows.split((rows.shape[1] - R, R), dim=1)  # (B, L - R, H, K), (B, R, H, K)
-    cos, sin = cos.to(rows.dtype)[:, None], sin.to(rows.dtype)[:, None]  # (R, 1, K/2)
-    a, b = visual.unflatten(-1, (-1, 2)).unbind(-1)  # (B, R, H, K/2) each
-    visual = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-    return torch.cat((text, visual), 1) if text.shape[1] else visual
+    text = (0, 0, rows.shape[1] - cos.shape[0], 0)
+    cos, sin = (
+        t.to(rows.dtype)[:, None] for t in (F.pad(cos, text, value=1.0), F.pad(sin, text))
+    )  # (L, 1, K/2)
+    pairs = rows.contiguous().unflatten(-1, (-1, 2))  # (B, L, H, K/2, 2)
+    if torch.compiler.is_compiling():  # which fuses this, but cannot fuse complex numbers
+        a, b = pairs.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------
