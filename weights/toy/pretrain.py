@@ -1,0 +1,430 @@
+"""The micro-world's base model from nothing: a CogVideoX of the real classes, small enough for two CPU cores.
+
+    python weights/toy/pretrain.py --stage new       random weights and a vocabulary
+    python weights/toy/pretrain.py --stage vae       autoencoder, on single frames of the world
+    python weights/toy/pretrain.py --stage latents   its scale, then clips and pictures as latents
+    python weights/toy/pretrain.py --stage dit       transformer and text encoder, text-to-video
+    python weights/toy/pretrain.py --stage score     what the VAE keeps, what the base makes of new prompts
+
+Training goes on where it was stopped, or from weights/toy if out/base is gone; --steps prolongs it. Results
+into weights/toy, which any script takes as its --backbone; README.md there has the recipe and what it gave.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdv import metrics, world
+from sdv.cogvideox_vae import Block, CausalConv, CogVideoXVAE, conv2d
+from sdv.media import from_uint8, write_image
+from sdv.seeds import generator
+from sdv.settings import parse
+from sdv.text import TextEncoder, Tokenizer
+from weights import Backbone, load_backbone, open_backbone, tiny
+from weights.tensors import save_module
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: str  # new, vae, latents, dit or score
+    steps: int = 0  # length of the stage so far; the rate falls over its last third (0: the recipe's)
+    out: str = "out/base"  # state, logs, pictures to look at
+    save_every: int = 100  # steps between saves
+    threads: int = 2  # of the CPU
+
+
+SIZE, FRAMES = 64, 17
+CLIPS, PICTURES = 3000, 6000  # of the world's base split
+STEPS = {"vae": 6000, "dit": 4000}
+PARTS = 2  # of a step's batch, each with its own gradient
+BATCH = {"vae": 4, "clips": 8, "pictures": 48}  # of one part
+RATE = {"vae": 1e-3, "dit": 1e-3}
+WARMUP = 100
+AVERAGE = 0.995  # of the running mean of the weights, which is what is kept
+
+# Why these sizes. 64x64 pixels are 8x8 latents, 16 tokens a frame. The temporal ratio is 1, not 4: motion is
+# then exact without one step on clips, a reference is the same kind of thing as a frame of the video, and a
+# clip is 272 tokens, which two cores can afford. All else is the 5B model's: classes, files, schedule.
+CONFIGS = {
+    **tiny.CONFIGS,
+    "vae/config.json": tiny.VAE
+    | {
+        "block_out_channels": [16, 32, 48, 64],
+        "latent_channels": 16,
+        "temporal_compression_ratio": 1,
+        "scaling_factor": 1.0,  # until the latents have been seen
+        "sample_height": SIZE,
+        "sample_width": SIZE,
+    },
+    "transformer/config.json": tiny.TRANSFORMER
+    | {
+        "num_attention_heads": 4,
+        "in_channels": 16,
+        "out_channels": 16,
+        "time_embed_dim": 32,
+        "text_embed_dim": 96,
+        "num_layers": 6,
+        "sample_width": SIZE // 8,
+        "sample_height": SIZE // 8,
+        "sample_frames": FRAMES,
+        "max_text_seq_length": 32,
+    },
+    "text_encoder/config.json": tiny.TEXT_ENCODER | {"d_model": 96, "d_kv": 24, "d_ff": 192},
+}
+TOY = Path(__file__).resolve().parent
+
+
+def begin(cfg: Config) -> None:
+    """Write weights/toy anew: random weights and a vocabulary of the captions. Not where a run has begun."""
+    if list(Path(cfg.out).glob("*.pt")):
+        return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
+    tiny.create(TOY, CONFIGS, tiny.train_vocabulary(captions(5000, FRAMES), 256))
+    save_part("vae", prepare(load_part("vae")))
+
+
+def load_part(name: str) -> nn.Module:
+    """One network of weights/toy in fp32, to be trained."""
+    part = getattr(load_backbone(TOY, parts=(name,)), name)
+    return part.get_submodule(open_backbone(TOY).parts[name].root).requires_grad_(True)
+
+
+def save_part(name: str, module: nn.Module) -> None:
+    part = open_backbone(TOY).parts[name]
+    save_module(module, part.names, TOY / part.folder / part.file, torch.bfloat16)
+
+
+def captions(count: int, frames: int) -> list[str]:
+    return [world.scene(i, frames).prompt for i in range(count)]
+
+
+# ── What learns ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Learner:
+    """A module in bf16, its weights in fp32, their running mean and two optimisers, saved as one file.
+
+    bf16 is the faster half; sums of small updates need fp32. Filters and matrices learn by Muon, which after
+    1,300 steps of AdamW took the VAE's error from 0.062 to 0.055 in the next hundred; the rest by AdamW.
+    """
+
+    def __init__(self, module: nn.Module, name: str, cfg: Config):
+        self.module, self.cfg = module.to(torch.bfloat16), cfg
+        self.rate, self.steps = RATE[name], cfg.steps or STEPS[name]
+        self.file, self.log = Path(cfg.out) / f"{name}.pt", Path(cfg.out) / f"{name}.jsonl"
+        # Matrices as they multiply: a filter's taps are columns.
+        self.master = [
+            p.detach().float().flatten(min(1, p.ndim - 1)).requires_grad_() for p in module.parameters()
+        ]
+        self.mean = [p.detach().clone() for p in self.master]
+        tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
+        matrices, others = [], []
+        for parameter, master in zip(module.parameters(), self.master, strict=True):
+            (matrices if master.ndim == 2 and id(parameter) not in tables else others).append(master)
+        self.optimisers = [
+            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
+        ]
+        self.step = 0
+        if self.file.is_file():
+            state = torch.load(self.file)
+            self.step = state["step"]
+            for mine, saved in zip(self.master + self.mean, state["master"] + state["mean"], strict=True):
+                mine.data.copy_(saved)
+            for mine, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                mine.load_state_dict(saved)
+        self.show(self.master)
+
+    @torch.no_grad()
+    def show(self, weights: list[Tensor]) -> None:
+        """Copy fp32 weights (the master's or the mean) into the module."""
+        for parameter, weight in zip(self.module.parameters(), weights, strict=True):
+            parameter.copy_(weight.view_as(parameter))
+
+    def gradients(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], tuple[Tensor, ...]]:
+        grads = torch.autograd.grad(sum(losses.values()), list(self.module.parameters()))
+        return {name: value.item() for name, value in losses.items()}, grads
+
+    def learn(self, parts: list[tuple[Tensor, ...]]) -> None:
+        """One step by the mean gradient. The rate rises, stays, and falls to zero over the last third."""
+        for master, *grads in zip(self.master, *parts, strict=True):
+            master.grad = sum(grad.float().reshape(master.shape) for grad in grads) / len(grads)
+        nn.utils.clip_grad_norm_(self.master, 1.0)
+        left = 3 * (self.steps - self.step) / self.steps
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.rate * min(1.0, (self.step + 1) / WARMUP, left)
+            optimiser.step()
+        self.step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean, self.master, 1 - min(AVERAGE, self.step / (self.step + 10)))
+        self.show(self.master)
+
+    def save(self) -> None:
+        state = {"step": self.step, "master": self.master, "mean": self.mean}
+        state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+        torch.save(state, self.file.with_suffix(".tmp"))
+        os.replace(self.file.with_suffix(".tmp"), self.file)
+
+
+def run(
+    learner: Learner, loss_at: Callable[[int, int], dict[str, Tensor]], check: Callable[[], dict]
+) -> None:
+    """Learn until the stage's last step; with each save, log the mean losses and what check says.
+
+    A step is PARTS small batches, each in a thread of its own: a core then waits for the other once a step,
+    not at the end of every operation.
+    """
+    recent, start = [], time.perf_counter()
+    bar = tqdm(total=learner.steps, initial=learner.step, unit="step")
+    pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))
+    while learner.step < learner.steps:
+        work = partial(lambda step, part: learner.gradients(loss_at(step, part)), learner.step)
+        losses, gradients = zip(*pool.map(work, range(PARTS)), strict=True)
+        learner.learn(gradients)
+        recent += losses
+        bar.update()
+        if learner.step % learner.cfg.save_every == 0 or learner.step == learner.steps:
+            learner.save()
+            names = {name for row in recent for name in row}
+            row = {name: np.mean([row[name] for row in recent if name in row]) for name in sorted(names)}
+            row = {"step": learner.step, **row, "seconds": time.perf_counter() - start}
+            learner.show(learner.mean)
+            row |= check()
+            learner.show(learner.master)
+            with learner.log.open("a") as log:
+                log.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+            bar.write(json.dumps({key: round(value, 4) for key, value in row.items()}))
+            recent, start = [], time.perf_counter()
+
+
+# ── Stage vae: frames of the world, one at a time ───────────────────────────────────────────────────────
+
+
+def world_frames(out: Path, clips: int, pictures: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clips (N, T, H, W, 3) and pictures (N, 1, H, W, 3), uint8, of the base split, drawn once."""
+    shapes = {"clips": (clips, FRAMES, SIZE, SIZE, 3), "pictures": (pictures, 1, SIZE, SIZE, 3)}
+    for name, shape in shapes.items():
+        if not (out / f"{name}.npy").is_file():
+            frames = np.lib.format.open_memmap(out / f"{name}.tmp", "w+", np.uint8, shape)
+            for i in tqdm(range(len(frames)), name):
+                frames[i] = world.render(world.scene(i, shape[1]), SIZE)
+            os.replace(out / f"{name}.tmp", out / f"{name}.npy")
+    return tuple(np.load(out / f"{name}.npy", mmap_mode="r") for name in shapes)
+
+
+def lone_frames(vae: CogVideoXVAE) -> CogVideoXVAE:
+    """Make a VAE treat its batch as lone frames, with a third of the work: a convolution's newest tap only.
+
+    The other two taps start at zero and stay there: the finished VAE codes every frame of a clip by itself.
+    """
+
+    def forward(conv: CausalConv, x: Tensor, stream, affine=None, residual: Tensor | None = None) -> Tensor:
+        band = x[0] if affine is None else affine.activate(x, 0, x.shape[2])[0]
+        y = conv2d(band, conv.weight[:, :, 2], conv.bias, padding=1)[None]  # (1, B, H, W, O)
+        return y if residual is None else y + residual
+
+    for conv in (module for module in vae.modules() if isinstance(module, CausalConv)):
+        conv.forward = forward.__get__(conv)
+    return vae
+
+
+@torch.no_grad()
+def prepare(vae: CogVideoXVAE) -> CogVideoXVAE:
+    """A start that learns fast: filters of one frame, residual branches at zero, little noise on latents."""
+    for conv in (module for module in vae.modules() if isinstance(module, CausalConv)):
+        conv.weight *= 3**0.5  # a third of the inputs is left
+        conv.weight[:, :, :2] = 0
+    for block in (module for module in vae.modules() if isinstance(module, Block)):
+        nn.init.zeros_(block.conv2.weight)
+    vae.encoder.conv_out.bias[vae.latent_channels :] = -6.0
+    return vae
+
+
+def train_vae(cfg: Config) -> None:
+    out = Path(cfg.out)
+    clips, pictures = world_frames(out, CLIPS, PICTURES)
+    vae = lone_frames(load_part("vae"))
+    learner = Learner(vae, "vae", cfg)
+    held = [world.render(world.scene(i, 1, "heldout"), SIZE)[0] for i in range(48)]
+    held = from_uint8(torch.from_numpy(np.stack(held))).movedim(-1, 1)[:, :, None].bfloat16()
+
+    def loss_at(step: int, part: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([1, step, part])
+        half = BATCH["vae"] // 2
+        moving = clips[np.sort(rng.integers(len(clips), size=half)), rng.integers(FRAMES, size=half)]
+        lone = pictures[np.sort(rng.integers(len(pictures), size=half)), 0]
+        frames = from_uint8(torch.from_numpy(np.concatenate([moving, lone])))
+        x = frames.movedim(-1, 1)[:, :, None].bfloat16()  # (B, 3, 1, H, W)
+        mean, logvar = vae.posterior(x)
+        noise = torch.randn(mean.shape, generator=generator(2, step, part)).bfloat16()
+        y = vae.decode((mean + torch.exp(logvar / 2) * noise) * vae.cfg.scaling)
+        error = (y - x).float()
+        kl = (mean.square() + logvar.exp() - 1 - logvar).float().mean() / 2
+        edges = sum(error.diff(dim=side).abs().mean() for side in (-1, -2))
+        return {"l1": error.abs().mean(), "edges": edges, "kl": 1e-4 * kl}
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        y = vae.decode(vae.encode(held)).float().clamp(-1, 1)
+        show(out / "vae.png", torch.cat([held[:16].float(), y[:16]], dim=2))
+        save_part("vae", vae)
+        return {"psnr": psnr(y, held.float())}
+
+    run(learner, loss_at, check)
+
+
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Mean over the clips (B, 3, T, H, W) in [-1, 1], dB."""
+    return float((10 * torch.log10(4 / (x - y).square().mean((1, 2, 3, 4)))).mean())
+
+
+def show(path: Path, clips: Tensor, scale: int = 3) -> None:
+    """A sheet: a row per clip of (B, 3, T, H, W), or 8 clips a row if they are short."""
+    sheet = clips.permute(0, 2, 1, 3, 4).flatten(0, 1)  # (B * T, 3, H, W)
+    across = clips.shape[2] if clips.shape[2] > 3 else 8 * clips.shape[2]
+    rows = [torch.cat(list(row), dim=-1) for row in sheet.split(across)]
+    sheet = torch.cat([row for row in rows if row.shape[-1] == rows[0].shape[-1]], dim=-2)
+    write_image(path, F.interpolate(sheet[None], scale_factor=scale)[0])
+
+
+# ── Stage latents: the VAE's scale, and what the transformer will see ───────────────────────────────────
+
+
+@torch.no_grad()
+def make_latents(cfg: Config) -> None:
+    out = Path(cfg.out)
+    vae = lone_frames(load_backbone(TOY, dtype=torch.bfloat16, parts=("vae",)).vae)
+
+    def encode(frames: np.ndarray) -> Tensor:
+        """(N, T, H, W, 3) uint8 -> unscaled latents (N, C, T, h, w)."""
+        x = from_uint8(torch.from_numpy(frames).flatten(0, 1)).movedim(-1, 1)[:, :, None]
+        z = vae.posterior(x.bfloat16())[0][:, :, 0]  # (N * T, C, h, w)
+        return z.unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+    for name, frames in zip(("clips", "pictures"), world_frames(out, CLIPS, PICTURES), strict=True):
+        step = 128 // frames.shape[1]
+        starts = tqdm(range(0, len(frames), step), f"{name} to latents")
+        latents = torch.cat([encode(frames[i : i + step]) for i in starts])
+        if name == "clips":
+            scaling = round(1 / latents.float().std().item(), 4)  # so that latents have unit variance
+            config = json.loads((TOY / "vae/config.json").read_text()) | {"scaling_factor": scaling}
+            (TOY / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n")
+        torch.save(latents * scaling, out / f"{name}.latents.pt")
+    print(f"scaling_factor {scaling}")
+
+
+# ── Stage dit: text-to-video ────────────────────────────────────────────────────────────────────────────
+
+
+def train_dit(cfg: Config) -> None:
+    out = Path(cfg.out)
+    layout = open_backbone(TOY)
+    dit, encoder = load_part("dit"), load_part("text")
+    learner = Learner(nn.ModuleList([dit, encoder]), "dit", cfg)
+    text = TextEncoder(Tokenizer(TOY / "tokenizer/spiece.model", layout.text_tokens), encoder)
+    vae = load_backbone(TOY, dtype=torch.bfloat16, parts=("vae",)).vae
+    backbone = Backbone(layout, dit, vae, text)
+    latents = {name: torch.load(out / f"{name}.latents.pt") for name in ("clips", "pictures")}
+    prompts = {"clips": captions(CLIPS, FRAMES), "pictures": captions(PICTURES, 1)}
+    ids = {name: text.tokenize(prompts[name]) for name in prompts}
+    blank, schedule = text.tokenize(""), layout.schedule
+
+    def loss_at(step: int, part: int) -> dict[str, Tensor]:
+        # A quarter of the steps are pictures, as one-frame videos: what identity injection denoises later.
+        name = "pictures" if np.random.default_rng([3, step]).random() < 0.25 else "clips"
+        rng, draws = np.random.default_rng([4, step, part]), generator(5, step, part)
+        rows = torch.from_numpy(rng.integers(len(latents[name]), size=BATCH[name]))
+        dropped = torch.from_numpy(rng.random(len(rows)) < 0.1)[:, None]  # for guidance
+        x = latents[name][rows].float()
+        t = schedule.draw(len(x), draws)
+        noise = torch.randn(x.shape, generator=draws)
+        features = encoder(torch.where(dropped, blank, ids[name][rows]))
+        pred = dit(schedule.add_noise(x, noise, t).bfloat16(), t, features)
+        return {name: F.mse_loss(pred.float(), schedule.target(x, noise, t))}
+
+    def check() -> dict[str, float]:
+        save_part("dit", dit)
+        save_part("text", encoder)
+        if learner.step % (5 * cfg.save_every):
+            return {}
+        truths = new_scenes(10)
+        clips = sample(backbone, [truth.prompt for truth in truths], seed=0)
+        show(out / "dit.png", clips[:, :, ::2], scale=1)
+        return agreement(clips, truths)
+
+    run(learner, loss_at, check)
+
+
+def new_scenes(count: int) -> list[world.Scene]:
+    """Scenes of held-out subjects, all motions in turn."""
+    return [wanted for i in range(count) for wanted in world.heldout(i)[1]][:count]
+
+
+@torch.no_grad()
+def sample(backbone: Backbone, prompts: list[str], seed: int, steps: int = 25, scale: float = 6.0) -> Tensor:
+    """Text-to-video: prompts -> clips (B, 3, T, H, W) by DDIM."""
+    layout, dit = backbone.layout, backbone.dit
+    rows, columns = layout.height // layout.spatial_ratio, layout.width // layout.spatial_ratio
+    noise = torch.randn(len(prompts), layout.channels, FRAMES, rows, columns, generator=generator(6, seed))
+    texts = backbone.text([""] * len(prompts) + prompts)
+
+    def denoise(x: Tensor, t: int, i: int) -> Tensor:
+        both = torch.cat([x, x]).to(dit.dtype)
+        bare, prompted = dit(both, torch.full((len(both),), t), texts).float().chunk(2)
+        return bare + scale * (prompted - bare)
+
+    latents = layout.schedule.samplers["ddim"](layout.schedule, denoise, noise, steps)
+    return torch.cat([backbone.vae.decode(one[None].to(dit.dtype)).float() for one in latents]).clamp(-1, 1)
+
+
+def agreement(clips: Tensor, truths: list[world.Scene]) -> dict[str, float]:
+    """Share of clips (B, 3, T, H, W) that move as asked, and that are where they should be."""
+    tracks = [metrics.track(clip) for clip in clips]
+    moved = [metrics.motion_class(seen) == truth.motion for seen, truth in zip(tracks, truths, strict=True)]
+    placed = [seen.place == truth.background for seen, truth in zip(tracks, truths, strict=True)]
+    return {"motion": float(np.mean(moved)), "background": float(np.mean(placed))}
+
+
+# ── Stage score: what the VAE keeps of real clips, what the base makes of new prompts ───────────────────
+
+
+def score(cfg: Config) -> None:
+    out, truths = Path(cfg.out), new_scenes(cfg.steps or 40)
+    backbone = load_backbone(TOY, dtype=torch.bfloat16)
+    real = torch.stack([world.to_clip(world.render(truth, SIZE)) for truth in truths])
+    with torch.no_grad():
+        coded = [backbone.vae.decode(backbone.vae.encode(clip[None].bfloat16())) for clip in real]
+    coded = torch.cat(coded).float().clamp(-1, 1)
+    prompts = [truth.prompt for truth in truths]
+    made = torch.cat([sample(backbone, prompts[i : i + 10], seed=i) for i in range(0, len(prompts), 10)])
+    for name, clips in (("real", real), ("vae", coded), ("base", made)):
+        row = agreement(clips, truths) | ({"psnr": psnr(clips, real)} if name == "vae" else {})
+        print(name, len(clips), "clips", json.dumps({key: round(value, 3) for key, value in row.items()}))
+        show(out / f"score-{name}.png", clips[:16, :, ::2], scale=1)
+
+
+def main() -> None:
+    cfg = parse(Config, __doc__)
+    stages = {"new": begin, "vae": train_vae, "latents": make_latents, "dit": train_dit, "score": score}
+    if cfg.stage not in stages:
+        raise SystemExit(f"stage {cfg.stage!r}: choose one of {', '.join(stages)}")
+    torch.set_num_threads(cfg.threads)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    stages[cfg.stage](cfg)
+
+
+if __name__ == "__main__":
+    main()
