@@ -138,6 +138,9 @@ class FlowMatching:
         return torch.as_tensor(t, device=x.device).float().reshape(-1, *[1] * (x.ndim - 1)) / self.train_steps
 
 
+NoiseProcess = VPrediction | FlowMatching
+
+
 def _shifted(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 

@@ -222,7 +222,8 @@ class TextEncoder(nn.Module):
 
 # ftfy mends broken encodings and full-width signs. The original runs it, but nothing here depends on it.
 FTFY = importlib.util.find_spec("ftfy") is not None
-CLEANING = "HTML entities and white space" + (", after ftfy" if FTFY else "; not ftfy, it is not installed")
+CLEANING = "prompts cleaned of " + ("what ftfy mends, " if FTFY else "") + "HTML entities and white space"
+CLEANING += "" if FTFY else "; not by ftfy, which is not installed"
 
 
 def clean(prompt: str) -> str:

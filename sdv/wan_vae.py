@@ -65,9 +65,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)
 
-    def activate(self, x: Tensor, low: int, high: int) -> Tensor:
-        """silu of the normed rows low..high of x (T, B, H, W, C): what a CausalConv asks of its norm."""
-        return F.silu(self(x[:, :, low:high]))
+    def activate(self, x: Tensor, *where: slice | int) -> Tensor:
+        """silu of x (T, B, H, W, C), normed, for (some frames and) rows low..high: for a CausalConv."""
+        *frames, low, high = where
+        return F.silu(self(x[frames[0] if frames else slice(None), :, low:high]))
 
 
 class ZeroStartConv(CausalConv):

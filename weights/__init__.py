@@ -1,4 +1,4 @@
-"""Public checkpoints in and out: folders in the diffusers layout, and LoRA adapters.
+"""Public checkpoints in and out: folders in the diffusers layout or in Wan's original one, and LoRA adapters.
 
     backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
     load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from sdv.cogvideox_dit import CogVideoXDiT
-from sdv.schedule import VPrediction
-from weights import adapter, cogvideox
+from sdv.schedule import NoiseProcess
+from sdv.wan_dit import WanDiT
+from weights import adapter, cogvideox, wan
 from weights.layout import Layout
 from weights.tensors import Names, load_into, save_module
 
@@ -31,13 +32,19 @@ class Backbone:
     text: nn.Module | None = None
 
     @property
-    def schedule(self) -> VPrediction:
+    def schedule(self) -> NoiseProcess:
         return self.layout.schedule
 
 
 def open_backbone(path: str | Path) -> Layout:
     """Read the configs of a checkpoint folder, without its weights. ValueError for what is not supported."""
-    return cogvideox.read_layout(Path(path))
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path}: a single file, without the configs that say what is in it and, if it is scaled fp8, "
+            "with rounded weights. Give the folder of the checkpoint as its authors or diffusers publish it"
+        )
+    return (wan if wan.is_wan(path) else cogvideox).read_layout(path)
 
 
 def load_backbone(
@@ -58,8 +65,10 @@ def load_backbone(
         part = backbone.layout.parts[name]
         with torch.device("meta"):
             module = part.build()
-        folder = backbone.layout.path / part.folder
-        log(str(load_into(module.get_submodule(part.root), part.names, folder, device, dtype)))
+        source = backbone.layout.path / part.source
+        log(str(load_into(module.get_submodule(part.root), part.names, source, device, dtype)))
+        if part.note:
+            log(part.note)
         setattr(backbone, name, module.eval())
     return backbone
 
@@ -77,7 +86,7 @@ def save_backbone(backbone: Backbone, path: str | Path, dtype: torch.dtype) -> N
 
 def names_of(dit: nn.Module) -> Names:
     """The checkpoint names of a transformer's modules."""
-    return {CogVideoXDiT: cogvideox.DIT_NAMES}[type(dit)]
+    return {CogVideoXDiT: cogvideox.DIT_NAMES, WanDiT: wan.DIT_NAMES}[type(dit)]
 
 
 def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sdv.schedule import VPrediction
+from sdv.schedule import NoiseProcess
 from weights.tensors import Names
 
 
@@ -19,6 +19,12 @@ class Part(NamedTuple):
     names: Names
     build: Callable[[], nn.Module]
     root: str = ""  # submodule that the names are relative to
+    note: str = ""  # to be told when it is loaded
+
+    @property
+    def source(self) -> Path:
+        """The folder of its safetensors, or its one .pth file."""
+        return Path(self.folder, self.file) if self.file.endswith(".pth") else Path(self.folder)
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Layout:
 
     path: Path
     parts: dict[str, Part]  # "dit", "vae", "text"
-    schedule: VPrediction
+    schedule: NoiseProcess
     files: tuple[str, ...]  # configs and vocabulary, relative to path
     frames: int
     height: int

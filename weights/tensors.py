@@ -7,6 +7,7 @@ differently. Whatever a table does not name is an error, never a guess.
 
 import json
 import os
+import pickle
 import re
 import time
 from collections.abc import Iterable
@@ -54,6 +55,11 @@ class Checkpoint:
         self.folder = Path(folder)
         self.files = {path: _open(path) for path in _shards(self.folder)}
         self.where = {name: file for file in self.files.values() for name in file.keys()}
+        if "F8" in self.dtypes():
+            raise ValueError(
+                f"{self.folder}: stored in 8 bits ({self.dtypes()}): an fp8 copy for inference, rounded, and "
+                "meaningless without its scales. Download the bf16 or fp32 files."
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.where[name].get_tensor(name)
@@ -64,6 +70,35 @@ class Checkpoint:
     def dtypes(self) -> str:
         """Stored dtypes, as the file headers call them."""
         return "/".join(sorted({file.get_slice(name).get_dtype() for name, file in self.where.items()}))
+
+
+class Pickle:
+    """The tensors of one .pth file, mapped, read without running any code that a pickle may hold."""
+
+    def __init__(self, file: Path):
+        self.folder = Path(file)
+        if not self.folder.is_file():
+            raise FileNotFoundError(f"{file}: missing. Download it again.")
+        try:
+            self.where = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{file}: damaged, or more than tensors ({reason}). Download it again."
+            ) from error
+        if not all(isinstance(tensor, Tensor) for tensor in self.where.values()):
+            raise ValueError(
+                f"{file}: holds something else than named tensors: another file of the same name?"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.where[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.where[name].shape)
+
+    def dtypes(self) -> str:
+        return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.where.values()}))
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -124,7 +159,7 @@ def reverse(names: Names) -> Names:
     return {ours: theirs for theirs, ours in names.items() if ours is not None}
 
 
-def plan(module: nn.Module, names: Names, checkpoint: Checkpoint) -> dict[str, str]:
+def plan(module: nn.Module, names: Names, checkpoint: Checkpoint | Pickle) -> dict[str, str]:
     """{our parameter: their tensor}, after every name and shape was compared in both directions."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     found, unknown, wrong = {}, [], []
@@ -158,14 +193,15 @@ def _first(items: Iterable[str], n: int = 3) -> str:
 
 
 def load_into(
-    module: nn.Module, names: Names, folder: Path, device: str | torch.device, dtype: torch.dtype
+    module: nn.Module, names: Names, source: Path, device: str | torch.device, dtype: torch.dtype
 ) -> Report:
     """Give a module on the meta device its parameters, frozen, one tensor at a time.
 
+    source is a folder of safetensors, or a .pth file.
     What the module lists as `in_float32` stays in that, whatever the dtype of the rest.
     """
     start = time.perf_counter()
-    checkpoint = Checkpoint(folder)
+    checkpoint = Pickle(source) if Path(source).suffix == ".pth" else Checkpoint(source)
     exact = set(getattr(module, "in_float32", ()))
     size = count = 0
     for ours, theirs in plan(module, names, checkpoint).items():
@@ -177,16 +213,19 @@ def load_into(
         count += tensor.numel()
     seconds = time.perf_counter() - start
     tensors = len(checkpoint.where)
-    return Report(Path(folder).name, tensors, count, checkpoint.dtypes(), dtype, size / 1e9, seconds)
+    return Report(Path(source).name, tensors, count, checkpoint.dtypes(), dtype, size / 1e9, seconds)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file whole or not at all: a temporary file, flushed to disk, then renamed."""
+    """Write one file (safetensors, or a .pth without metadata) whole or not at all: flushed, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata)
+    if path.suffix == ".pth":
+        torch.save(tensors, temporary)
+    else:
+        save_file(tensors, temporary, metadata)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,6 +1,7 @@
-"""A tiny random CogVideoX in the diffusers layout: every class, config and file of the 5B model, in seconds.
+"""A tiny random model in the diffusers layout: every class, config and file of the 5B one, in seconds.
 
     python -m weights.tiny out/tiny
+    python -m weights.tiny out/tiny-wan --backbone wan
 
 Its videos are noise; it proves that files, shapes, training and sampling fit together.
 """
@@ -110,7 +111,7 @@ def create(path: str | Path, configs: dict[str, dict], vocabulary: bytes, seed: 
     """Write a randomly initialised checkpoint; configs are keyed by file, e.g. "vae/config.json"."""
     path = Path(path)
     tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
-    for file, content in {**configs, "tokenizer/tokenizer_config.json": tokenizer}.items():
+    for file, content in {"tokenizer/tokenizer_config.json": tokenizer, **configs}.items():
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).write_text(json.dumps(content, indent=2) + "\n")
     (path / "tokenizer/spiece.model").write_bytes(vocabulary)
@@ -127,16 +128,71 @@ CONFIGS = {
     "transformer/config.json": TRANSFORMER,
     "vae/config.json": VAE,
 }
+WAN_CONFIGS = {
+    "model_index.json": {
+        "_class_name": "WanPipeline",
+        "expand_timesteps": True,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": 5.0,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "use_flow_sigmas": True,
+    },
+    "text_encoder/config.json": TEXT_ENCODER
+    | {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": 704},
+    "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "extra_ids": 300},
+    "transformer/config.json": {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "ffn_dim": 256,
+        "freq_dim": 64,
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 2,
+        "patch_size": [1, 2, 2],
+        "text_dim": 64,
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": 8,
+        "decoder_base_dim": 8,
+        "z_dim": 8,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "scale_factor_temporal": 4,
+        "latents_mean": [0.0] * 8,
+        "latents_std": [1.0] * 8,
+    },
+}
+FAMILIES = {"cogvideox": CONFIGS, "wan": WAN_CONFIGS}
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("path", help="folder to write")
+    parser.add_argument("--backbone", choices=FAMILIES, default="cogvideox", help="of which family")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    create(options.path, CONFIGS, train_vocabulary(CORPUS.strip().splitlines(), 256), options.seed)
-    print(f"{options.path}: a tiny random CogVideoX")
+    vocabulary = train_vocabulary(CORPUS.strip().splitlines(), 256, umt5=options.backbone == "wan")
+    create(options.path, FAMILIES[options.backbone], vocabulary, options.seed)
+    print(f"{options.path}: a tiny random {options.backbone}")
 
 
 if __name__ == "__main__":

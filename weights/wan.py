@@ -1,12 +1,17 @@
 """Wan 2.2 TI2V-5B checkpoints in the diffusers layout and in the original one, read into the same modules."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from sdv.text import T5Config
-from sdv.wan_dit import WanConfig
-from sdv.wan_vae import WanVAEConfig
+from sdv.schedule import FlowMatching
+from sdv.text import CLEANING, T5Config, T5Encoder, Tokenizer, UMT5TextEncoder
+from sdv.wan_dit import WanConfig, WanDiT
+from sdv.wan_vae import WanVAE, WanVAEConfig
 from weights.cogvideox import T5_NAMES, t5_config
-from weights.tensors import Names
+from weights.layout import Layout, Part
+from weights.tensors import Names, read_json
 
 # ---------------------------------------------------------------------------------------- transformer
 DIT_NAMES: Names = {
@@ -73,6 +78,11 @@ DIT_FIXED = {
 
 def dit_config(json: dict) -> WanConfig:
     """transformer/config.json of the diffusers layout -> WanConfig. ValueError for what is not supported."""
+    name = json.get("_class_name", "WanTransformer3DModel")
+    if name != "WanTransformer3DModel":
+        raise ValueError(
+            f"_class_name = {name!r}; supported: 'WanTransformer3DModel', as Wan 2.2 TI2V-5B has"
+        )
     for field, wanted in DIT_FIXED.items():
         if json.get(field, wanted) != wanted:
             raise ValueError(
@@ -112,6 +122,7 @@ def original_dit_config(json: dict) -> WanConfig:
         hidden=json.get("ffn_dim", 8192),
         channels=json.get("in_dim", 16),
         freq_dim=json.get("freq_dim", 256),
+        text_dim=UMT5_XXL.dim,
         text_tokens=json.get("text_len", 512),
         norm_eps=json.get("eps", 1e-6),
     )
@@ -236,3 +247,142 @@ def vae_config(json: dict) -> WanVAEConfig:
         mean=tuple(json["latents_mean"]),
         std=tuple(json["latents_std"]),
     )
+
+
+# ------------------------------------------------------------------------------------------ schedule
+SAMPLER_OF = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+
+# (field, the library's default, the supported value) of the first; of either, what no Wan has.
+UNIPC_FIXED = (
+    ("prediction_type", "epsilon", "flow_prediction"),
+    ("use_flow_sigmas", False, True),
+    ("solver_order", 2, 2),
+    ("solver_type", "bh2", "bh2"),
+    ("predict_x0", True, True),
+    ("lower_order_final", True, True),
+    ("final_sigmas_type", "zero", "zero"),
+    ("thresholding", False, False),
+)
+FLOW_FIXED = (
+    ("use_dynamic_shifting", False, False),
+    ("use_karras_sigmas", False, False),
+    ("use_exponential_sigmas", False, False),
+    ("use_beta_sigmas", False, False),
+    ("shift_terminal", None, None),
+)
+
+
+def schedule_from(json: dict) -> FlowMatching:
+    """scheduler/scheduler_config.json -> the noise process. ValueError for another one."""
+    name = json.get("_class_name")
+    if name not in SAMPLER_OF:
+        raise ValueError(f"_class_name = {name!r}: not Wan's; supported: {', '.join(SAMPLER_OF)}")
+    unipc = SAMPLER_OF[name] == "unipc"
+    for field, default, wanted in (UNIPC_FIXED if unipc else ()) + FLOW_FIXED:
+        if json.get(field, default) != wanted:
+            raise ValueError(f"{field} = {json.get(field, default)!r}; supported: {wanted!r}, as in Wan 2.2")
+    return FlowMatching(
+        train_steps=json.get("num_train_timesteps", 1000),
+        shift=json.get("flow_shift" if unipc else "shift", 1.0),
+        default_sampler=SAMPLER_OF[name],
+    )
+
+
+# ----------------------------------------------------------------------------------------- the folders
+CONFIGS = {
+    "dit": "transformer/config.json",
+    "vae": "vae/config.json",
+    "text": "text_encoder/config.json",
+    "schedule": "scheduler/scheduler_config.json",
+}
+DIT_FILE = "diffusion_pytorch_model.safetensors"
+VAE_PTH, UMT5_PTH = "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # of the original layout
+VAE_ORIGINAL = WanVAEConfig()  # which has no config for it
+
+
+def is_wan(path: Path) -> bool:
+    """Whether the folder of a checkpoint holds a Wan, in either layout."""
+    configs = (path / file for file in (CONFIGS["dit"], "config.json"))
+    found = next((file for file in configs if file.is_file()), None)
+    return found is not None and str(read_json(found).get("_class_name")).startswith("Wan")
+
+
+def read_layout(path: Path) -> Layout:
+    """What the configs of a folder say. ValueError, with file and reason, for what is not supported."""
+    return _diffusers_layout(path) if (path / CONFIGS["dit"]).is_file() else _original_layout(path)
+
+
+def _diffusers_layout(path: Path) -> Layout:
+    _config(path, "model_index.json", _check_index)
+    dit = _config(path, CONFIGS["dit"], dit_config)
+    vae = _config(path, CONFIGS["vae"], vae_config)
+    text = _config(path, CONFIGS["text"], umt5_config)
+    parts = {
+        "dit": Part("transformer", DIT_FILE, DIT_NAMES, lambda: WanDiT(dit)),
+        "vae": Part("vae", DIT_FILE, VAE_NAMES, lambda: WanVAE(vae)),
+        "text": _text_part(path / "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text),
+    }
+    schedule = _config(path, CONFIGS["schedule"], schedule_from)
+    files = ("model_index.json", *CONFIGS.values(), *_vocabulary(path, "tokenizer"))
+    return _layout(path, parts, schedule, files, dit, vae)
+
+
+def _original_layout(path: Path) -> Layout:
+    dit, vae = _config(path, "config.json", original_dit_config), VAE_ORIGINAL
+    parts = {
+        "dit": Part("", DIT_FILE, DIT_NAMES_ORIGINAL, lambda: WanDiT(dit)),
+        "vae": Part("", VAE_PTH, VAE_NAMES_ORIGINAL, lambda: WanVAE(vae)),
+        "text": _text_part(path / "google/umt5-xxl", "", UMT5_PTH, UMT5_NAMES_ORIGINAL, UMT5_XXL),
+    }
+    files = ("config.json", *_vocabulary(path, "google/umt5-xxl"))
+    return _layout(path, parts, FlowMatching(), files, dit, vae)
+
+
+def _check_index(json: dict) -> None:
+    if not json.get("expand_timesteps", False):
+        raise ValueError(
+            "expand_timesteps is not true: this Wan has one time for all tokens, so a reference cannot be "
+            "clean while the video is noisy; supported: Wan 2.2 TI2V-5B"
+        )
+
+
+def _text_part(tokenizer: Path, folder: str, file: str, names: Names, cfg: T5Config) -> Part:
+    model = tokenizer / "spiece.model"
+    model = model if model.is_file() else tokenizer / "tokenizer.json"
+    reader = Tokenizer(model, WanConfig.text_tokens, EXTRA_IDS, unk=UNK)
+    build = lambda: UMT5TextEncoder(reader, T5Encoder(cfg))  # noqa: E731
+    return Part(folder, file, names, build, root="encoder", note=CLEANING)
+
+
+def _vocabulary(path: Path, folder: str) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in (path / folder).glob("*") if file.is_file())
+
+
+def _layout(
+    path: Path, parts: dict[str, Part], schedule: FlowMatching, files: tuple[str, ...], dit: WanConfig,
+    vae: WanVAEConfig,
+) -> Layout:  # fmt: skip
+    return Layout(
+        path=path,
+        parts=parts,
+        schedule=schedule,
+        files=files,
+        frames=121,
+        height=704,
+        width=1280,
+        fps=24.0,
+        guidance=5.0,
+        spatial_ratio=vae.spatial_ratio,
+        temporal_ratio=vae.temporal_ratio,
+        channels=dit.channels,
+        patch=dit.patch,
+        text_tokens=dit.text_tokens,
+    )
+
+
+def _config(path: Path, file: str, convert: Callable[[dict], Any]) -> Any:
+    content = read_json(path / file)
+    try:
+        return convert(content)
+    except ValueError as error:
+        raise ValueError(f"{path / file}: {error}") from error
