@@ -41,12 +41,12 @@ class Config:
     out: str = "out/samples"  # folder for the MP4 files
     seed: tuple[int, ...] = (0,)  # one or more
     steps: int = 50  # denoising steps
-    sampler: str = ""  # CogVideoX: ddim or dpm; the checkpoint's own if not given
+    sampler: str = ""  # CogVideoX: ddim or dpm; Wan: unipc or euler; the checkpoint's own if not given
     guidance: float | None = None  # the model's own if not given
     dynamic_guidance: bool = False  # the vendor's cosine guidance
     height: int | None = None  # pixels; sizes and rate are the model's own if not given
     width: int | None = None  # pixels
-    frames: int | None = None  # 4k + 1 for CogVideoX
+    frames: int | None = None  # 4k + 1
     fps: float | None = None  # of the written file
     ref_fit: Literal["crop", "pad"] = "crop"  # reference to the size: cut, or white borders (paper's tests)
     tiling: bool = False  # decode in spatial tiles: less memory

@@ -34,6 +34,7 @@ from sdv.data import Clips, Pairs, batches, check_size
 from sdv.lora import add_lora, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
 from sdv.objectives import Losses, Pair, denoising_loss, keep_tokens, random_frame
+from sdv.positions import place_reference
 from sdv.seeds import generator
 from sdv.settings import parse, run
 
@@ -49,6 +50,8 @@ class Config:
     view_drop: float = 0.0  # the whole reference dropped on identity steps (paper: never; supplement: 0.5)
     crop_jitter: float = 0.0  # random crop of each picture of a pair, share of its side (supplement only)
     cls_token: str = "<cls> "  # put before the prompt of identity steps (paper: yes)
+    ref_position: str = ""  # where the reference sits beside the video; the model's own if not given
+    t_shift: float = 1.0  # above 1, training is at noisier times: u -> s u / (1 + (s - 1) u) (paper: 1)
     # data
     backbone: str = ""  # checkpoint folder in the diffusers layout
     pairs: str = ""  # folder of image pairs with metadata.jsonl (paper: 200,000)
@@ -261,12 +264,13 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.dtype)
     backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype)
-    dit, schedule = backbone.dit, backbone.schedule
+    dit, schedule = backbone.dit, dataclasses.replace(backbone.schedule, train_shift=cfg.t_shift)
     dit.checkpoint_every = cfg.checkpoint_every
     if newest or cfg.adapter:
         print(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     else:
         add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or dit.lora_targets)
+    place_reference(dit, cfg.ref_position or dit.ref_position)
     for module in lora_modules(dit).values():
         module.dropout = cfg.lora_dropout
     params = lora_parameters(dit)

@@ -94,6 +94,8 @@ class CogVideoXDiT(nn.Module):
     # Where the paper's LoRA goes: 8 places in a block, and both input projections.
     lora_targets = ("patch_in", "text_in", "mod1", "mod2")
     lora_targets += ("attn.q", "attn.k", "attn.v", "attn.out", "ff.up", "ff.down")
+    ref_positions = ("leading",)  # one frame before the video
+    ref_position = "leading"
 
     def __init__(self, cfg: CogVideoXConfig):
         super().__init__()

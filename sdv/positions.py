@@ -14,9 +14,16 @@ Plain text-to-video, without a reference, starts the video at frame 0.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 THETA = 10_000.0
+
+
+def place_reference(dit: nn.Module, place: str) -> None:
+    """Choose one of a backbone's places for the reference. ValueError for one that it does not know."""
+    if place not in dit.ref_positions:
+        raise ValueError(f"reference position {place!r}: this model knows {', '.join(dit.ref_positions)}")
+    dit.ref_position = place
 
 
 def rope_angles(positions: Tensor, channels: int) -> Tensor:

@@ -23,6 +23,7 @@ class VPrediction:
     v = sqrt(abar_t) noise - sqrt(1 - abar_t) x (arXiv 2202.00512). Defaults are CogVideoX-5B.
 
     zero_snr: abar is exactly 0 at the last t (arXiv 2305.08891), and sampling starts where training ended.
+    train_shift: above 1 it moves the timesteps of training towards noise, see FlowMatching.
     x is (B, C, T, H, W), t is (B,). Arithmetic is in fp32, results have the dtype of x.
     """
 
@@ -31,6 +32,7 @@ class VPrediction:
     beta_end: float = 0.012
     zero_snr: bool = True
     snr_shift_scale: float = 1.0
+    train_shift: float = 1.0
     default_sampler: str = "ddim"
 
     @property
@@ -50,8 +52,9 @@ class VPrediction:
         return abar
 
     def draw(self, batch: int, rng: Generator | None = None) -> Tensor:
-        """One uniform timestep a sample: (B,) int64."""
-        return torch.randint(self.train_steps, (batch,), generator=rng)
+        """One timestep a sample, uniform unless shifted: (B,) int64."""
+        t = torch.randint(self.train_steps, (batch,), generator=rng)
+        return (self.train_steps * _shifted((t + 0.5) / self.train_steps, self.train_shift)).long()
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self._scales(x, t)

@@ -12,7 +12,6 @@ frame 1 are the same; what counts is the gap between reference and video.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ import kernels
 from sdv.layers import FeedForward, sinusoid, unpatchify
 from sdv.positions import rope_table
 
-RefPosition = Literal["leading", "shared", "far", "beside"]
 FAR = 32  # latent frames; the longest clip has 31
 
 
@@ -112,6 +110,7 @@ class WanDiT(nn.Module):
 
     lora_targets = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     lora_targets += ("ff.up", "ff.down")
+    ref_positions = ("leading", "shared", "far", "beside")
     # What stays in float32 when the rest is loaded as bf16: the path of the time, and all norms.
     in_float32 = ("time_in", "time_out", "modulation", "norm_q", "norm_k", "norm_cross")
 
@@ -128,7 +127,7 @@ class WanDiT(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.checkpoint_every = 0  # recompute every n-th block in backward; 0: keep all activations
-        self.ref_position: RefPosition = "leading"
+        self.ref_position = "leading"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,8 +185,6 @@ class WanDiT(nn.Module):
         self, frames: int, rows: int, columns: int, with_ref: bool, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """cos, sin (T' * h * w, K // 2): the reference where `ref_position` says, then the video."""
-        if self.ref_position not in get_args(RefPosition):
-            raise ValueError(f"ref_position {self.ref_position!r}: use {', '.join(get_args(RefPosition))}")
         count = torch.arange(max(frames, rows, columns), device=device)
         tables = [rope_table(count[:frames], count[:rows], count[:columns], self.cfg.rope_split)]
         if with_ref:

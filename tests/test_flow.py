@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from sdv.schedule import FlowMatching, euler, unipc
+from sdv.schedule import FlowMatching, VPrediction, euler, unipc
 
 # scheduler/scheduler_config.json of Wan 2.2 TI2V-5B
 CONFIG = {
@@ -148,6 +148,15 @@ def test_training_times_are_uniform_or_shifted_and_come_from_the_generator():
     for share in (0.1, 0.5, 0.9):
         assert draws[1.0].quantile(share).item() == pytest.approx(1000 * share, abs=8)
         assert draws[5.0].quantile(share).item() == pytest.approx(5000 * share / (1 + 4 * share), abs=12)
+
+
+def test_whole_timesteps_are_shifted_alike_and_stay_in_range():
+    even, shifted = (
+        VPrediction(train_shift=shift).draw(100_000, torch.Generator().manual_seed(0)) for shift in (1.0, 5.0)
+    )
+    assert torch.equal(even, torch.randint(1000, (100_000,), generator=torch.Generator().manual_seed(0)))
+    assert shifted.dtype == torch.int64 and 0 < shifted.min() < 10 and shifted.max() == 999
+    assert shifted.double().quantile(0.5).item() == pytest.approx(5000 / 6, abs=5)
 
 
 @pytest.mark.parametrize("sampler", [euler, unipc])

@@ -6,6 +6,7 @@ from conftest import relative_error
 from safetensors.torch import load_file
 
 from sdv.lora import add_lora, lora_parameters
+from sdv.positions import place_reference
 from sdv.wan_dit import FAR, WanConfig, WanDiT
 from weights import wan
 from weights.tensors import load_into, read_json, save_module
@@ -123,12 +124,11 @@ def test_places_differ_and_an_unknown_one_is_refused(stock):
     video, t, text, ref = inputs()
     dit, seen = load(stock[1]), []
     for place in ("leading", "shared", "far", "beside"):
-        dit.ref_position = place
+        place_reference(dit, place)
         seen.append(dit(video, t, text, ref))
     assert all(relative_error(a, b) > 1e-4 for i, a in enumerate(seen) for b in seen[:i])
-    dit.ref_position = "behind"
     with pytest.raises(ValueError, match="behind.*leading, shared, far, beside"):
-        dit(video, t, text, ref)
+        place_reference(dit, "behind")
 
 
 def test_the_original_layout_gives_the_same_model_bit_for_bit(stock, tmp_path):

@@ -86,12 +86,18 @@ def test_the_same_commands_train_both_tasks_and_make_a_video(monkeypatch, tiny, 
 
 def test_a_resumed_run_equals_the_one_never_stopped(monkeypatch, tiny, tmp_path):
     options = {"--backbone": tiny, **RUN, "--dropout": "tokens", "--save-every": 2}
+    options |= {"--ref-position": "beside", "--t-shift": 5}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(monkeypatch, train, options | {"--out": whole, "--steps": 4})
     run(monkeypatch, train, options | {"--out": parts, "--steps": 2})
     run(monkeypatch, train, options | {"--out": parts, "--steps": 4, "--resume": ""})
     assert_same(whole, parts, 4)
     assert losses(whole) == losses(parts)
+    dit = weights.load_backbone(tiny, parts=("dit",), log=quiet).dit
+    weights.load_adapter(dit, whole / "step-000004" / "adapter.safetensors")
+    assert dit.ref_position == "beside"  # an adapter looks where it learned to look
+    with pytest.raises(ValueError, match="'behind'.*leading, shared, far, beside"):
+        run(monkeypatch, train, options | {"--out": tmp_path / "x", "--steps": 1, "--ref-position": "behind"})
 
 
 # ---------------------------------------------------------------------------------------- beside diffusers

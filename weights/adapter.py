@@ -7,10 +7,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdv.lora import add_lora, lora_modules
+from sdv.positions import place_reference
 from weights.tensors import Names, rename, reverse, save_tensors
 
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"
+PLACE = "ref_position"  # beside it, since diffusers takes nothing there that peft does not know
 
 
 def save_adapter(dit: nn.Module, path: Path, names: Names) -> None:
@@ -27,13 +29,14 @@ def save_adapter(dit: nn.Module, path: Path, names: Names) -> None:
     one = next(iter(modules.values()))
     config = {"r": one.rank, "lora_alpha": one.alpha, "target_modules": sorted(theirs.values())}
     metadata = json.dumps({f"{PREFIX}{field}": value for field, value in config.items()}, sort_keys=True)
-    save_tensors(path, tensors, {"format": "pt", METADATA: metadata})
+    save_tensors(path, tensors, {"format": "pt", METADATA: metadata, PLACE: dit.ref_position})
 
 
 def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None = None) -> str:
     """Add the LoRA in a file to a model that has none; returns a line that says what was read, at what scale.
 
-    alpha overrides the file's. ValueError if neither says it, and for tensors that do not fit the model.
+    The reference goes where it was when the LoRA was learned, if the file says so. alpha overrides the file's.
+    ValueError if neither says it, and for tensors that do not fit the model.
     """
     if lora_modules(dit):
         raise ValueError(f"{path}: the model already has a LoRA")
@@ -42,6 +45,7 @@ def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None =
     rank = next(iter(pairs.values()))["lora_A"].shape[0]
     alpha, source = _alpha(path, metadata, alpha)
     _check_fit(path, dit, pairs, rank)
+    place_reference(dit, metadata.get(PLACE, dit.ref_position))
     for module_path, module in add_lora(dit, rank, alpha, tuple(pairs)).items():
         for leaf, tensor in pairs[module_path].items():
             # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then
@@ -58,10 +62,12 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            notes = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
-    return tensors, {field.removeprefix(PREFIX): value for field, value in metadata.items()}
+    settings = {PREFIX + PLACE: notes[PLACE]} if PLACE in notes else {}
+    settings |= json.loads(notes.get(METADATA, "{}"))
+    return tensors, {field.removeprefix(PREFIX): value for field, value in settings.items()}
 
 
 def _alpha(path: Path, metadata: dict, alpha: float | None) -> tuple[float, str]:
