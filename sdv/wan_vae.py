@@ -320,8 +320,8 @@ class WanVAE(nn.Module):
         if rng is not None:
             noise = torch.randn(mean.shape, generator=rng, device=rng.device, dtype=mean.dtype)
             mean = mean + torch.exp(logvar / 2) * noise.to(mean.device)
-        centre, spread = self.statistics(mean)
-        return (mean - centre) / spread
+        centre, spread = self.statistics(mean.device)
+        return ((mean - centre) / spread).to(mean.dtype)
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
@@ -338,14 +338,15 @@ class WanVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W) in [-1, 1]."""
-        centre, spread = self.statistics(latents)
-        z = latents * spread + centre
+        centre, spread = self.statistics(latents.device)
+        z = (latents * spread + centre).to(latents.dtype)
         cells = self.in_tiles(self.decode_tile, z, of=1, to=self.spatial_ratio // self.cfg.patch)
         return F.pixel_shuffle(cells.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2).clamp(-1, 1)
 
-    def statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the channels, (C, 1, 1, 1), on the device and in the dtype of the latents."""
-        return tuple(latents.new_tensor(n)[:, None, None, None] for n in (self.cfg.mean, self.cfg.std))
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels, (C, 1, 1, 1), in float32."""
+        mean, std = torch.tensor([self.cfg.mean, self.cfg.std], device=device)[..., None, None, None]
+        return mean, std
 
     def encode_tile(self, cells: Tensor) -> Tensor:
         return self.in_chunks(self.encoder, cells, self.temporal_ratio)

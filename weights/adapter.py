@@ -35,7 +35,7 @@ def save_adapter(dit: nn.Module, path: Path, names: Names) -> None:
 def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None = None) -> str:
     """Add the LoRA in a file to a model that has none; returns a line that says what was read, at what scale.
 
-    The reference goes where it was when the LoRA was learned, if the file says so. alpha overrides the file's.
+    The reference goes where it was when the LoRA was learned, if the file says. alpha overrides the file's.
     ValueError if neither says it, and for tensors that do not fit the model.
     """
     if lora_modules(dit):
