@@ -4,7 +4,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-triton base lint clean
 
 $(VENV)/run: pyproject.toml constraints.txt          # enough to train and sample
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,18 @@ demo: $(VENV)/run
 test: $(VENV)/dev lint
 	$(RUN) -m pytest tests
 	$(RUN) -m pytest test_kernels.py
+
+# The kernels on another version of Triton: make test-triton TRITON=3.6.0
+TRITON ?= 3.6.0
+test-triton:
+	$(PYTHON) -m venv out/triton-$(TRITON)
+	out/triton-$(TRITON)/bin/pip install -q -c constraints.txt torch pytest 'numpy<2.4'
+	out/triton-$(TRITON)/bin/pip install -q --no-deps triton==$(TRITON)
+	out/triton-$(TRITON)/bin/python -m pytest test_kernels.py
+
+# The micro-world's base model from nothing; every stage goes on where it was stopped.
+base: $(VENV)/run
+	for stage in new vae latents dit score; do $(RUN) weights/toy/pretrain.py --stage $$stage || exit 1; done
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
