@@ -1,0 +1,349 @@
+"""What the two objectives do to each other's gradient, every number beside the yardstick to read it by.
+
+A probe takes the gradients of 4 m fixed held-out micro-batches: m for each of two disjoint halves a, b of
+each task. The cosine of two noisy gradients is near 0 whatever the tasks are, so that three are measured:
+
+    cross       cos(identity, motion), the mean over all pairs of halves: the paper's number
+    identity    cos(identity_a, identity_b)     within one task: what cross would be if both tasks were one,
+    motion      cos(motion_a, motion_b)         measured through the same noise
+    corrected   <identity, motion> / sqrt(<identity_a, identity_b> <motion_a, motion_b>)
+
+Noise of disjoint halves cancels in their products, so the last is the cosine of the gradients without noise
+(Spearman's correction for attenuation): an estimate that can leave [-1, 1], undefined where a yardstick is
+not positive. All of it is algebra on one Gram matrix of the micro-batches, kept for each part of the model.
+
+Where the gradients act is measured per module, on the weight's own update: a gradient step in A and B moves
+W by gB A + B gA (times a number that no measure here sees; AdamW rescales entries on top of it). Its left
+directions are what the module writes, right ones what it reads. At B = 0 every right direction lies in the
+span of A, r dimensions of n, so that any two updates overlap by far more than the k / n of random subspaces.
+The null is therefore a random update of the same structure: same A and B, Gaussian gA and gB of real size.
+
+    python -m sdv.diagnostics RUN [RUN ...]    draws the probes of runs side by side, also while they train
+"""
+
+import re
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from sdv.data import Rows
+from sdv.lora import LoRA, lora_modules, lora_parameters
+from sdv.seeds import generator
+
+TASKS = ("identity", "motion")
+# Pairs of the four halves (identity a, identity b, motion a, motion b) that each cosine is the mean of.
+COMPARED = {"cross": ((0, 2), (0, 3), (1, 2), (1, 3)), "identity": ((0, 1),), "motion": ((2, 3),)}
+RANDOM = 4  # stands behind the four halves where subspaces are compared
+NULL = {"null": tuple((half, RANDOM) for half in range(RANDOM))}
+GROUPS = {
+    "q": "attention q", "k": "attention k", "v": "attention v", "out": "attention out", "up": "feed-forward",
+    "down": "feed-forward", "mod1": "modulation", "mod2": "modulation", "patch_in": "embeddings",
+    "text_in": "embeddings",
+}  # fmt: skip
+
+
+# Held-out micro-batches
+
+
+def held_out(rows: Rows, batches: int, size: int) -> Iterator[dict]:
+    """2 x batches collated micro-batches: the first `batches` and the others have no file in common.
+
+    So both directions of a pair lie in one half. A short half repeats; ValueError if one would be empty.
+    """
+    half_of, halves = {}, ([], [])
+    for number, row in enumerate(rows.rows):
+        known = {half_of[file] for file in row.files if file in half_of}
+        if len(known) < 2:  # else it would tie the halves together
+            half = known.pop() if known else int(len(halves[0]) > len(halves[1]))
+            half_of |= dict.fromkeys(row.files, half)
+            halves[half].append(number)
+    if not halves[1]:
+        raise ValueError(f"{rows.rows[0].files[0].parent}: too few rows for two halves without a common file")
+    for half in halves:
+        for first in range(0, batches * size, size):
+            yield default_collate([rows[half[(first + i) % len(half)]] for i in range(size)])
+
+
+def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
+    """ValueError if a file of the probe is also trained on."""
+    seen = {file.resolve() for rows in trained for row in rows.rows for file in row.files}
+    for row in (row for rows in held_out for row in rows.rows):
+        if any(file.resolve() in seen for file in row.files):
+            raise ValueError(f"{row.origin}: a probe must not see what is trained on; hold its files out")
+
+
+# Gradients
+
+
+@contextmanager
+def untouched(dit: nn.Module) -> Iterator[None]:
+    """Evaluation mode, LoRA dropout off; every module's mode and torch's generators are put back."""
+    modes = {module: module.training for module in dit.modules()}
+    dit.eval()
+    device = next(dit.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def ranks() -> tuple[int, int]:
+    """This process and how many there are."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The gradient of each loss, on the CPU; .grad stays as it is. Ranks share the work and get them all.
+
+    A micro-batch is never split, so the numbers do not depend on how many ranks there are.
+    """
+    rank, world = ranks()
+    kept = []
+    for first in range(0, len(losses), world):
+        mine = min(first + rank, len(losses) - 1)  # in the last round spare ranks keep step, for nothing
+        own = torch.autograd.grad(losses[mine](), params)
+        for source in range(min(world, len(losses) - first)):
+            one = [g.contiguous() if source == rank else torch.empty(g.shape).to(g) for g in own]
+            for g in one if world > 1 else ():
+                dist.broadcast(g, source)
+            kept.append(tuple(g.cpu() for g in one))
+    return kept
+
+
+# Inner products -> cosines, norms, noise
+
+
+def parts_of(path: str, leaf: str) -> list[tuple[str, str]]:
+    """(kind, name) of every part of the model that this tensor counts in."""
+    block, name = re.match(r"\w+\.\d+", path), path.rpartition(".")[2]
+    layer, group = block[0] if block else path, GROUPS.get(name, name)
+    group = f"cross-{group}" if ".cross." in path else group
+    return [("whole", "all"), ("factor", leaf[-1]), ("group", group), ("layer", layer)]
+
+
+def measures(gram: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Gram matrices (S, 4m, 4m) of micro-batches, weights (R, 4, 4m) that make halves of them -> each (S, R).
+
+    norm: of the noisy mean over a half. signal: squared norm without noise. noise: variance of one
+    micro-batch over signal, so how many of them hold as much noise as signal.
+    """
+    products = weights @ gram[:, None] @ weights.mT                       # (S, R, 4, 4) of halves
+    power = torch.einsum("rhn,snn->srh", weights, gram)                   # (S, R, 4) mean over micro-batches
+    norms = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()       # (S, R, 4)
+    cosines = products / (norms[..., :, None] * norms[..., None, :])      # (S, R, 4, 4)
+    signal = {"identity": products[..., 0, 1], "motion": products[..., 2, 3]}
+    out = {kind: cosines[..., *zip(*pairs, strict=True)].mean(-1) for kind, pairs in COMPARED.items()}
+    between = products[..., :2, 2:].mean(dim=(-2, -1))
+    out["corrected"] = between / (positive(signal["identity"]) * positive(signal["motion"])).sqrt()
+    for first, task in zip((0, 2), TASKS, strict=True):
+        out[f"norm_{task}"] = norms[..., first : first + 2].mean(-1)
+        out[f"signal_{task}"] = signal[task]
+        total = power[..., first : first + 2].mean(-1)
+        out[f"noise_{task}"] = (total - signal[task]) / positive(signal[task])
+    return out
+
+
+def positive(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.nan)
+
+
+def halves_of(picked: Tensor, m: int) -> Tensor:
+    """Weights (R, 4, 4m) of halves that are the means of these micro-batches among their own m, (R, 4, n)."""
+    share = nn.functional.one_hot(picked, m).double().mean(2)             # (R, 4, m)
+    return (torch.eye(4, dtype=torch.float64)[..., None] * share[:, :, None]).flatten(2)
+
+
+def with_intervals(grams: Tensor, draws: int = 500) -> list[dict[str, list[float | None]]]:
+    """Gram matrices (S, 4m, 4m) -> for each {measure: [value, low, high]}, 90 % bootstrap intervals.
+
+    Halves are drawn anew as m - 1 of their m micro-batches, with replacement: the mean of so many varies as
+    the real one does, that of m by a factor (m - 1) / m less (Rao and Wu 1988). The drawn measures are moved
+    to have the value as median: a half that holds a micro-batch twice is noisier, which pulls cosines down.
+    """
+    m = grams.shape[-1] // 4
+    value = measures(grams, halves_of(torch.arange(m).expand(1, 4, m), m))
+    low, high = ({name: torch.full_like(x, torch.nan) for name, x in value.items()} for _ in range(2))
+    if m > 2:  # of fewer, too little is left to draw from
+        picked = torch.randint(m, (draws, 4, m - 1), generator=generator(m, draws))
+        ends = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+        for name, x in measures(grams, halves_of(picked, m)).items():
+            cut = x.nanquantile(ends, dim=1)                              # (3, S)
+            cut[:, x.isnan().double().mean(1) > 0.05] = torch.nan         # the interval has no end
+            low[name], high[name] = (value[name] + (end - cut[1])[:, None] for end in (cut[0], cut[2]))
+    return [
+        {name: [tidy(x[s, 0]) for x in (value[name], low[name], high[name])] for name in value}
+        for s in range(len(grams))
+    ]
+
+
+def tidy(x: Tensor | float) -> float | None:
+    return None if x != x else float(f"{float(x):.5g}")
+
+
+# Where they act
+
+
+class Directions(NamedTuple):
+    """Singular value decomposition of a weight's update, largest first."""
+
+    left: Tensor  # (..., out, n)
+    size: Tensor  # (..., n)
+    right: Tensor  # (..., in, n)
+
+
+def directions(grad_a: Tensor, grad_b: Tensor, a: Tensor, b: Tensor) -> Directions:
+    """Of gB A + B gA, which is never formed: it is [gB, B] [A; gA], thin factors of 2 r columns and rows.
+
+    grad_a (..., r, in), grad_b (..., out, r); a (r, in), b (out, r).
+    """
+    left, left_core = torch.linalg.qr(torch.cat([grad_b, b.expand_as(grad_b)], dim=-1))
+    right, right_core = torch.linalg.qr(torch.cat([a.expand_as(grad_a), grad_a], dim=-2).mT)
+    u, size, vh = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    return Directions(left @ u, size, right @ vh.mT)
+
+
+MEASURED = ("overlap", "nearest", "farthest", "second in first", "first in second")
+SUBSPACE = tuple(f"{side} {what}" for side in ("left", "right") for what in MEASURED)
+
+
+def compare(one: Directions, two: Directions, k: int) -> Tensor:
+    """The columns SUBSPACE (..., 10) of two updates; nan where one of them has fewer than k directions.
+
+    overlap: mean squared cosine of the k principal angles between the leading subspaces; nearest, farthest:
+    the smallest and largest angle, degrees; second in first: share of an update's energy that lies inside the
+    other's leading subspace.
+    """
+    first, second = (x.size.square() / x.size.square().sum(-1, keepdim=True) for x in (one, two))
+    columns = []
+    for x, y in ((one.left, two.left), (one.right, two.right)):
+        between = x.mT @ y                                                # (..., n, n)
+        cosines = torch.linalg.svdvals(between[..., :k, :k]).clamp(max=1)
+        angles, share = cosines.acos().rad2deg(), between.square()
+        columns += [cosines.square().mean(-1), angles[..., 0], angles[..., -1]]
+        columns += [(share[..., :k, :].sum(-2) * second).sum(-1), (share[..., :k].sum(-1) * first).sum(-1)]
+    enough = torch.stack([x.size[..., k - 1] > 1e-5 * x.size[..., 0] for x in (one, two)]).all(0)
+    return torch.where(enough[..., None], torch.stack(columns, dim=-1), torch.nan)
+
+
+def subspaces(grad_a: Tensor, grad_b: Tensor, module: LoRA, k: int, seed: int) -> dict[str, list]:
+    """Gradients (4, r, in), (4, out, r) of the halves -> {what is compared: columns SUBSPACE}."""
+    a, b = module.lora_A.detach().flatten(1), module.lora_B.detach().flatten(1)
+    of = directions(with_random(grad_a, generator(seed, 0)), with_random(grad_b, generator(seed, 1)), a, b)
+    out = {}
+    for kind, pairs in (COMPARED | NULL).items():
+        one, two = (Directions(*(x[list(index)] for x in of)) for index in zip(*pairs, strict=True))
+        out[kind] = [tidy(x) for x in compare(one, two, k).mean(0)]
+    return out
+
+
+def with_random(grads: Tensor, rng: torch.Generator) -> Tensor:
+    """(4, ...) -> (5, ...): Gaussian noise of their root mean square behind them."""
+    noise = torch.randn(grads[:1].shape, generator=rng).to(grads)
+    return torch.cat([grads, noise * grads.square().mean().sqrt()])
+
+
+# The probe
+
+
+def probe(dit: nn.Module, losses: Sequence[Callable[[], Tensor]], leading: int = 8) -> dict:
+    """One row of probes.jsonl. losses: 4 m micro-batches, m for each of identity a, b and motion a, b.
+
+    Holds 4 m gradients of the LoRA on the CPU and one on the device. Subspaces have `leading` directions, but
+    no more than half of the rank.
+    """
+    start = time.perf_counter()
+    params = lora_parameters(dit)
+    with untouched(dit):
+        kept = gradients(losses, list(params.values()))
+    kept = dict(zip(params, zip(*kept, strict=True), strict=True))  # {name: its 4 m gradients}
+    grams, where = defaultdict(lambda: torch.zeros(len(losses), len(losses), dtype=torch.float64)), {}
+    for seed, (path, module) in enumerate(lora_modules(dit).items()):
+        k, means = min(leading, max(1, module.rank // 2)), []
+        for leaf in ("lora_A", "lora_B"):
+            stack = torch.stack(kept.pop(f"{path}.{leaf}")).to(module.weight.device)
+            gram = stack.flatten(1) @ stack.flatten(1).T                  # (4m, 4m)
+            for part in parts_of(path, leaf):
+                grams[part] += gram.double().cpu()
+            means.append(stack.unflatten(0, (4, -1)).mean(1).flatten(2))  # (4, r, in), (4, out, r)
+        where[path] = subspaces(*means, module, k, seed)
+    row = {"micro_batches": len(losses), "columns": SUBSPACE, "modules": where}
+    for (kind, name), found in zip(grams, with_intervals(torch.stack(list(grams.values()))), strict=True):
+        row.setdefault(kind, {})[name] = found
+    return row | {"seconds": time.perf_counter() - start}
+
+
+# Gradient surgery
+
+
+def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
+    return sum((a * b).sum(dtype=torch.float64).item() for a, b in zip(x, y, strict=True))
+
+
+def project(grads: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """PCGrad (arXiv 2001.06782): without the part along `other`, if the two conflict (negative product)."""
+    share = min(0.0, dot(grads, other)) / (dot(other, other) or 1.0)
+    return [g - share * o for g, o in zip(grads, other, strict=True)]
+
+
+class Surgery:
+    """Collects each task's gradient of a step and puts back one in which the tasks do not fight.
+
+    exact: a step holds both tasks and takes (1 - p) g_identity + p g_motion, each projected off the other.
+    buffer-n: a step holds one task, projected off the mean of the other's last n gradients; the coin weighs
+    the two. none: leaves .grad alone. `past` are the buffers, on the CPU; they belong to a save.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], mode: str, p_video: float):
+        self.params, self.mode = list(params), mode
+        self.share = {"identity": 1 - p_video, "motion": p_video}
+        kept = int(mode.removeprefix("buffer-")) if mode.startswith("buffer-") else 0
+        self.past = {task: deque(maxlen=kept) for task in TASKS}
+        self.fresh: dict[str, list[Tensor]] = {}
+
+    def restore(self, past: dict[str, list[list[Tensor]]]) -> None:
+        for task, kept in past.items():
+            self.past[task].extend([g.cpu() for g in grads] for grads in kept)
+
+    def take(self, task: str) -> None:
+        """Move .grad, after each backward, to the task's sum."""
+        if self.mode != "none":
+            before = self.fresh.get(task) or [0.0] * len(self.params)
+            self.fresh[task] = [b + p.grad for b, p in zip(before, self.params, strict=True)]
+            for p in self.params:
+                p.grad = None
+
+    def put(self) -> None:
+        """Average over ranks, project, write .grad."""
+        if self.mode == "none":
+            return
+        fresh, self.fresh = self.fresh, {}
+        for g in (g for grads in fresh.values() for g in grads if ranks()[1] > 1):
+            dist.all_reduce(g)
+            g /= ranks()[1]
+        if self.mode == "exact":
+            identity, motion = (fresh[task] for task in TASKS)
+            pairs = zip(project(identity, motion), project(motion, identity), strict=True)
+            grads = [self.share["identity"] * i + self.share["motion"] * m for i, m in pairs]
+        else:
+            ((task, grads),) = fresh.items()
+            other = self.past[TASKS[1 - TASKS.index(task)]]
+            self.past[task].append([g.to("cpu", copy=True) for g in grads])  # clipping works in place
+            if other:
+                mean = [torch.stack(gs).mean(0) for gs in zip(*other, strict=True)]
+                grads = project(grads, [m.to(g.device) for m, g in zip(mean, grads, strict=True)])
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = g
+
+
+if __name__ == "__main__":
+    from sdv.diagnostics_report import main
+
+    main()

@@ -1,0 +1,526 @@
+"""Gradient measures against closed forms and dense float64; the probe leaves no trace in training."""
+
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import relative_error
+from safetensors.torch import load_file
+from torch import nn
+
+import train
+from sdv import diagnostics, diagnostics_report
+from sdv.cogvideox_dit import CogVideoXDiT
+from sdv.data import Pairs
+from sdv.diagnostics import SUBSPACE, Surgery, compare, directions, gradients, probe, project
+from sdv.lora import add_lora, lora_modules, lora_parameters
+from sdv.wan_dit import WanDiT
+
+MEDIA = Path(__file__).parent / "media"
+
+
+class Toy(nn.Module):
+    """Linear maps where a transformer has them, and a convolution."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.patch_in = nn.Conv2d(3, width, 2, stride=2)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(width, width), "down": nn.Linear(width, 2 * width)})
+            for _ in range(2)
+        )
+
+
+def toy(rank: int = 4, zero_b: bool = False) -> Toy:
+    torch.manual_seed(0)
+    model = Toy()
+    add_lora(model, rank, rank, ("patch_in", "q", "down"))
+    for name, parameter in lora_parameters(model).items():
+        if not (zero_b and name.endswith("B")):
+            nn.init.normal_(parameter)
+    return model
+
+
+def pull(params: dict, grads: dict) -> torch.Tensor:
+    """A linear loss whose gradient is `grads`."""
+    return sum((params[name] * grads[name]).sum() for name in grads)
+
+
+def probe_of(model: nn.Module, wanted: list[dict]) -> dict:
+    params = lora_parameters(model)
+    return probe(model, [partial(pull, params, grads) for grads in wanted])
+
+
+# Cosines, norms, noise
+
+
+def test_two_quadratics_at_a_chosen_angle():
+    """|x - c|^2 / 2 has gradient x - c: 60 degrees between the tasks in q, 0 elsewhere, norms 2 and 3."""
+    model = toy()
+    params = lora_parameters(model)
+    start = {name: p.detach().clone() for name, p in params.items()}
+
+    def quadratic(centre):
+        return sum((p - centre[name]).square().sum() / 2 for name, p in params.items())
+
+    unit = {name: torch.zeros_like(p) for name, p in params.items()}
+    turned = {name: torch.zeros_like(p) for name, p in params.items()}
+    unit["blocks.0.q.lora_A"][0, 0] = unit["patch_in.lora_B"][0, 0] = 1
+    turned["blocks.0.q.lora_A"][0, 0], turned["blocks.0.q.lora_A"][1, 3] = 0.5, math.sqrt(0.75)
+    turned["patch_in.lora_B"][0, 0] = 1
+    centres = [{name: start[name] - size * g[name] for name in g} for size, g in ((2, unit), (3, turned))]
+    row = probe(model, [partial(quadratic, centre) for centre in centres for _ in range(6)])
+
+    found = row["whole"]["all"]
+    for name, truth in {
+        "cross": 0.75, "identity": 1, "motion": 1, "corrected": 0.75, "norm_identity": 2 * math.sqrt(2),
+        "norm_motion": 3 * math.sqrt(2), "signal_identity": 8, "noise_identity": 0, "noise_motion": 0,
+    }.items():  # fmt: skip
+        assert found[name] == pytest.approx([truth] * 3, rel=5e-5, abs=1e-5), name  # five digits are written
+    assert row["group"]["attention q"]["cross"][0] == pytest.approx(0.5, abs=1e-5)
+    assert row["layer"]["blocks.0"]["corrected"][0] == pytest.approx(0.5, abs=1e-5)
+    assert row["layer"]["patch_in"]["cross"][0] == row["group"]["embeddings"]["cross"][0] == 1
+    assert row["factor"]["A"]["cross"][0] == pytest.approx(0.5, abs=1e-5)
+    assert row["factor"]["B"]["cross"][0] == 1
+    assert row["group"]["feed-forward"]["cross"] == [None] * 3  # no gradient, no cosine
+
+
+def test_every_adapted_layer_belongs_to_a_group():
+    def group(path: str) -> str:
+        return dict(diagnostics.parts_of(path, "lora_A"))["group"]
+
+    known = {"attention q", "attention k", "attention v", "attention out"}
+    of = {kind: {group(f"blocks.3.{name}") for name in kind.lora_targets} for kind in (CogVideoXDiT, WanDiT)}
+    assert of[CogVideoXDiT] == known | {"feed-forward", "modulation", "embeddings"}
+    assert of[WanDiT] == known | {f"cross-{name}" for name in known} | {"feed-forward"}
+
+
+def noisy_grams(count: int, m: int, cosine: float, noise: float) -> torch.Tensor:
+    """Gram matrices of unit gradients at a known cosine under isotropic noise of this norm."""
+    rng = torch.Generator().manual_seed(1)
+    mean = torch.zeros(4 * m, 200, dtype=torch.float64)
+    mean[: 2 * m, 0], mean[2 * m :, 0], mean[2 * m :, 1] = 1, cosine, math.sqrt(1 - cosine**2)
+    g = mean + noise / math.sqrt(200) * torch.randn(count, 4 * m, 200, generator=rng, dtype=torch.float64)
+    return g @ g.mT
+
+
+def test_the_correction_finds_the_cosine_that_noise_hides():
+    """Noise of twice the signal's norm: the plain cosine halves as theory says, the corrected one stays."""
+    rows = diagnostics.with_intervals(noisy_grams(150, 4, cosine=0.6, noise=2.0))
+    mean = {name: sum(row[name][0] for row in rows) / len(rows) for name in rows[0]}
+    shrink = 1 + 2.0**2 / 4
+    assert mean["corrected"] == pytest.approx(0.6, abs=0.03)
+    assert mean["cross"] == pytest.approx(0.6 / shrink, abs=0.02)
+    assert mean["identity"] == pytest.approx(1 / shrink, abs=0.02)
+    assert mean["signal_motion"] == pytest.approx(1, abs=0.03)
+    assert mean["noise_motion"] == pytest.approx(4, abs=0.3)
+    assert mean["norm_identity"] == pytest.approx(math.sqrt(shrink), abs=0.02)
+    truth = {"cross": 0.6 / shrink, "identity": 1 / shrink, "corrected": 0.6, "noise_identity": 4}
+    for name, value in truth.items():
+        covered = sum(row[name][1] <= value <= row[name][2] for row in rows) / len(rows)
+        assert covered > 0.75, (name, covered)  # nominally 0.9; four micro-batches say little of their spread
+
+
+def test_without_signal_nothing_is_claimed():
+    gram = torch.eye(16, dtype=torch.float64)[None].clone()
+    gram[0, 0, 4] = gram[0, 4, 0] = -0.5  # identity a and b disagree
+    (row,) = diagnostics.with_intervals(gram)
+    assert row["identity"][0] < 0 == row["cross"][0]
+    assert row["corrected"] == row["noise_identity"] == [None] * 3
+    assert diagnostics_report.verdict({"whole": {"all": row}}) == "too noisy to compare"
+
+
+# Subspaces
+
+
+def test_a_linear_model_against_dense_float64():
+    """Gradients of a regression: the factored decomposition is that of the dense update, for every module."""
+    model = toy()
+    rng = torch.Generator().manual_seed(2)
+    for module in lora_modules(model).values():
+        weight = module.weight.detach().flatten(1)
+        x = torch.randn(40, weight.shape[1], generator=rng)
+        a, b = module.lora_A.flatten(1), module.lora_B.flatten(1)
+        y = torch.randn(40, weight.shape[0], generator=rng)
+        residual = x @ (weight + module.scale * b @ a).T - y
+        grad_a, grad_b = torch.autograd.grad(residual.square().sum() / 2, (a, b))
+        dense = module.scale * (residual.T @ x).double().detach()  # d loss / d (B A)
+        a, b = a.detach(), b.detach()
+        torch.testing.assert_close(grad_b.double(), dense @ a.T.double(), rtol=1e-4, atol=1e-3)
+        update = grad_b.double() @ a.double() + b.double() @ grad_a.double()
+        found = directions(grad_a, grad_b, a, b)
+        u, size, vh = torch.linalg.svd(update)
+        count = len(found.size)
+        torch.testing.assert_close(found.size.double(), size[:count], rtol=1e-4, atol=1e-4 * size[0].item())
+        rebuilt = found.left * found.size @ found.right.T
+        torch.testing.assert_close(rebuilt.double(), update, rtol=1e-4, atol=1e-5 * size[0].item())
+        for ours, theirs in ((found.left, u), (found.right, vh.T)):
+            ours, theirs = ours[:, :2].double(), theirs[:, :2]
+            torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=1e-4)
+
+
+def test_principal_angles_and_energy_of_constructed_updates():
+    """B = 0, orthonormal A: left directions are gB's. Two planes at 30 degrees about a common line."""
+    a, b = torch.eye(4, 10), torch.zeros(12, 4)
+    c, s = math.cos(math.radians(30)), math.sin(math.radians(30))
+    one, two = torch.zeros(12, 4), torch.zeros(12, 4)
+    one[0, 0], one[1, 1], one[2, 2] = 4, 2, 1
+    two[0, 0], two[1, 1], two[5, 1], two[6, 3] = 4, 2 * c, 2 * s, 1
+    of = [directions(torch.zeros(4, 10), g, a, b) for g in (one, two)]
+    found = dict(zip(SUBSPACE, compare(*of, 2).tolist(), strict=True))
+    expected = {
+        "left overlap": (1 + c * c) / 2, "left nearest": 0, "left farthest": 30,
+        "left second in first": (16 + 4 * c * c) / 21, "left first in second": (16 + 4 * c * c) / 21,
+        "right overlap": 1, "right nearest": 0, "right farthest": 0,
+        "right second in first": 20 / 21, "right first in second": 20 / 21,
+    }  # fmt: skip
+    for name, truth in expected.items():
+        assert found[name] == pytest.approx(truth, abs=0.05 if "est" in name else 1e-5), name
+    assert compare(*of, 4).isnan().all()  # there are three directions, not four
+
+
+def test_the_null_is_what_a_shared_adapter_gives_for_nothing():
+    """At B = 0 with orthonormal A: k / out on the left, and k / r on the right, not k / in."""
+    out, width, rank, k = 60, 80, 8, 2
+    module = SimpleNamespace(
+        lora_A=nn.Parameter(torch.linalg.qr(torch.randn(width, rank)).Q.T), lora_B=torch.zeros(out, rank)
+    )
+    rng = torch.Generator().manual_seed(3)
+    found = []
+    for seed in range(150):
+        grad_b = torch.randn(4, out, rank, generator=rng)
+        null = diagnostics.subspaces(torch.zeros(4, rank, width), grad_b, module, k, seed)["null"]
+        found.append([null[SUBSPACE.index(f"{side} overlap")] for side in ("left", "right")])
+    left, right = torch.tensor(found).mean(0).tolist()
+    assert left == pytest.approx(k / out, rel=0.1)
+    assert right == pytest.approx(k / rank, rel=0.1)
+
+
+def test_a_convolution_is_its_flat_matrix():
+    model = toy(zero_b=True)
+    same = {name: torch.randn_like(p) for name, p in lora_parameters(model).items()}
+    row = probe_of(model, [same] * 4)
+    at = SUBSPACE.index("left overlap")
+    assert row["modules"].keys() == lora_modules(model).keys()
+    for found in row["modules"].values():
+        overlaps = [found[kind][at] for kind in ("cross", "identity", "motion")]
+        assert overlaps == pytest.approx([1] * 3, abs=1e-4)
+        assert found["null"][at] < 0.6
+    json.loads(json.dumps(row, allow_nan=False))
+
+
+# Gradient surgery
+
+
+def test_pcgrad_by_hand():
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    surgery = Surgery(params, "exact", p_video=0.25)
+    for task, grad in (("identity", (1.0, 0.0)), ("identity", (1.0, 0.0)), ("motion", (-1.0, 1.0))):
+        params[0].grad, params[1].grad = torch.tensor(grad), torch.zeros(1)
+        surgery.take(task)
+        assert params[0].grad is None
+    surgery.put()  # (2, 0) becomes (1, 1), and (-1, 1) becomes (0, 1)
+    torch.testing.assert_close(params[0].grad, torch.tensor([0.75, 1.0]))
+    torch.testing.assert_close(params[1].grad, torch.zeros(1))
+
+
+def test_projection_ends_a_conflict_and_touches_nothing_else():
+    rng = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        g, other = ([torch.randn(7, 3, generator=rng), torch.randn(5, generator=rng)] for _ in range(2))
+        if diagnostics.dot(g, other) > 0:
+            other = [-o for o in other]
+        out = project(g, other)
+        assert abs(diagnostics.dot(out, other)) < 1e-5
+        torch.testing.assert_close(out, project(g, [3 * o for o in other]))
+        assert diagnostics.dot(out, g) == pytest.approx(diagnostics.dot(out, out), rel=1e-4)  # orthogonal
+        torch.testing.assert_close(project(g, [-o for o in other]), g, rtol=0, atol=0)
+    assert project(g, [0 * o for o in other])[0].isfinite().all()
+
+
+def test_buffers_are_fifo_hold_what_was_drawn_and_resume():
+    p = nn.Parameter(torch.zeros(2))
+
+    def step(surgery: Surgery, task: str, *grad: float) -> list[float]:
+        p.grad = torch.tensor(grad)
+        surgery.take(task)
+        surgery.put()
+        out = p.grad.tolist()
+        p.grad.mul_(100)  # as clipping does, in place
+        return out
+
+    surgery = Surgery([p], "buffer-4", p_video=0.2)
+    assert step(surgery, "motion", 0.0, 9.0) == [0, 9]  # nothing to project off yet
+    for _ in range(4):
+        step(surgery, "motion", -1.0, 0.0)  # the fifth pushes the first out
+    assert [g[0].tolist() for g in surgery.past["motion"]] == [[-1, 0]] * 4
+    assert step(surgery, "identity", 2.0, 3.0) == [0, 3]
+    assert step(surgery, "identity", -2.0, 3.0) == [-2, 3]
+    assert [g[0].tolist() for g in surgery.past["identity"]] == [[2, 3], [-2, 3]]  # as drawn, not projected
+    other = Surgery([p], "buffer-4", p_video=0.2)
+    other.restore({task: list(past) for task, past in surgery.past.items()})
+    assert step(other, "motion", 1.0, -1.0) == step(surgery, "motion", 1.0, -1.0) == [1, 0]
+
+
+def test_none_leaves_the_gradient_alone():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = grad = torch.ones(2)
+    surgery = Surgery([p], "none", 0.2)
+    surgery.take("motion")
+    surgery.put()
+    assert p.grad is grad
+
+
+# Held-out rows
+
+
+def rows_of(*names: str) -> SimpleNamespace:
+    """Rows that name their files by letters; an item is its number."""
+
+    class Fake(list):
+        rows = [
+            SimpleNamespace(files=tuple(Path(f"x/{c}") for c in name), origin=f"m:{i} {name}")
+            for i, name in enumerate(names)
+        ]
+
+    return Fake(range(len(names)))
+
+
+def test_halves_share_no_file_and_repeat_when_short():
+    both_ways = rows_of("ab", "ba", "cd", "dc", "ef", "ac", "gh")  # ac would tie two subjects together
+    micro = [batch.tolist() for batch in diagnostics.held_out(both_ways, 3, 2)]
+    assert micro == [[0, 1], [4, 0], [1, 4], [2, 3], [6, 2], [3, 6]]
+    with pytest.raises(ValueError, match="x: too few rows"):
+        list(diagnostics.held_out(rows_of("ab", "ba"), 1, 1))
+
+
+def test_a_probe_must_not_see_what_is_trained_on():
+    diagnostics.check_unseen([rows_of("ab")], [rows_of("cd"), rows_of("e")])
+    with pytest.raises(ValueError, match="m:1 db: a probe must not see"):
+        diagnostics.check_unseen([rows_of("xy", "db")], [rows_of("ab")])
+
+
+def test_references_are_hidden_equally_often_in_both_halves():
+    enc = train.Encoders(lambda clip: clip, lambda prompts: torch.zeros(len(prompts), 1, 1), 6)
+    held_out = {"identity": Pairs(MEDIA / "pairs", 32, 32), "motion": Pairs(MEDIA / "pairs", 32, 32)}
+
+    def pairs(**settings):
+        def motion(batch, *rest):
+            return train.motion_pair(batch | {"clip": batch["ref"][:, :, None]}, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(train.PAIR_OF, "motion", motion)
+            cfg = train.Config(view_drop=1.0, identity_batch=1, **settings)
+            return [loss.__defaults__[0] for loss in train.probe_losses(held_out, enc, None, None, cfg)]
+
+    for p_drop, hidden in ((0.5, 2), (0.0, 0), (1.0, 4), (0.25, 1)):
+        gone = [pair.keep is not None and not len(pair.keep) for pair in pairs(p_drop=p_drop)]
+        assert [sum(gone[first : first + 4]) for first in (0, 4, 8, 12)] == [0, 0, hidden, hidden]
+    assert {len(pair.keep) for pair in pairs(dropout="tokens")[8:]} <= set(range(1, 6))
+
+
+# In training
+
+RUN = {
+    "--pairs": MEDIA / "pairs", "--clips": MEDIA / "clips", "--height": 32, "--width": 48, "--frames": 5,
+    "--rank": 4, "--alpha": 4, "--accumulate": 2, "--identity-batch": 1, "--p-video": 0.5, "--lr": 0.01,
+    "--warmup": 1, "--workers": 0, "--lora-dropout": 0.2, "--verify": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, tiny, tmp_path):
+    """Train with these settings into tmp_path/name; held-out rows are copies, so that no path is shared."""
+    for kind in ("pairs", "clips"):
+        (tmp_path / kind).mkdir()
+        for file in (MEDIA / kind).iterdir():
+            (tmp_path / kind / file.name).write_bytes(file.read_bytes())
+    probing = {"--probe-pairs": tmp_path / "pairs", "--probe-clips": tmp_path / "clips", "--probe-batches": 3}
+
+    def train_into(name: str, **settings) -> Path:
+        flags = {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
+        options = {"--backbone": tiny, "--out": tmp_path / name, **RUN, **probing, **flags}
+        given = [pair for pair in options.items() if pair[1] is not None]
+        words = [str(word) for pair in given for word in pair if word != ""]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        train.main()
+        return tmp_path / name
+
+    return train_into
+
+
+def lines(path: Path, *machine: str) -> list[dict]:
+    """Rows of a JSONL file without what the machine, not the run, decides."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in machine} for row in rows]
+
+
+def tensors(save: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(save / "training.pt", weights_only=True)
+    found = load_file(save / "adapter.safetensors")
+    found |= {f"{i}.{k}": v for i, entry in state["optimizer"]["state"].items() for k, v in entry.items()}
+    for task, past in state["past"].items():
+        found |= {f"{task}.{i}.{j}": g for i, grads in enumerate(past) for j, g in enumerate(grads)}
+    return found
+
+
+def assert_same_run(one: Path, two: Path, step: int) -> None:
+    a, b = (tensors(run / f"step-{step:06d}") for run in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    machine = "seconds", "memory_gb"
+    assert lines(one / "metrics.jsonl", *machine) == lines(two / "metrics.jsonl", *machine)
+
+
+def test_training_is_bit_identical_with_and_without_the_probe(run):
+    with_probe, without = run("with", steps=3, probe_every=1), run("without", steps=3, probe_every=0)
+    assert [row["step"] for row in lines(with_probe / "probes.jsonl")] == [0, 1, 2]
+    assert not (without / "probes.jsonl").exists()
+    assert_same_run(with_probe, without, 3)
+
+
+def test_a_probe_touches_neither_gradients_nor_generators_nor_modes():
+    model = toy()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0) if p.requires_grad else None
+    params, state = lora_parameters(model), torch.get_rng_state()
+
+    def noisy() -> torch.Tensor:
+        assert not any(module.training for module in model.modules())
+        return sum((p * torch.randn(p.shape)).sum() for p in params.values())
+
+    probe(model, [noisy] * 4)
+    assert [module.training for module in model.modules()] == modes
+    assert all((p.grad == 7).all() for p in params.values())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_resumed_run_repeats_its_probes_and_its_surgery(run):
+    settings = {"probe_every": 2, "save_every": 2, "pcgrad": "buffer-4"}
+    whole = run("whole", steps=5, **settings)
+    parts = run("parts", steps=3, **settings)
+    for file in (parts / "step-000003").iterdir():  # as if it had died after the probe at step 2
+        file.unlink()
+    (parts / "step-000003").rmdir()
+    with open(parts / "probes.jsonl", "a") as file:
+        file.write('{"step": 4, "whole": {"al')
+    run("parts", steps=5, resume="", **settings)
+    assert_same_run(whole, parts, 5)
+    assert {row["task"] for row in lines(whole / "metrics.jsonl")} == set(diagnostics.TASKS)
+    assert [row["step"] for row in lines(parts / "probes.jsonl")] == [0, 2, 4]
+    assert lines(whole / "probes.jsonl", "seconds") == lines(parts / "probes.jsonl", "seconds")
+
+
+def test_the_exact_form_takes_both_tasks_in_a_step_and_needs_both(run):
+    out = run("exact", steps=2, pcgrad="exact", probe_every=0)
+    rows = [(row["step"], row["task"]) for row in lines(out / "metrics.jsonl")]
+    assert rows == [(0, "identity"), (0, "motion"), (1, "identity"), (1, "motion")]
+    for bad in ({"p_video": 0}, {"coin": "micro"}):
+        with pytest.raises(ValueError, match="--pcgrad needs both tasks"):
+            run("bad", steps=1, pcgrad="buffer-8", **bad)
+
+
+def test_half_of_the_held_out_data_is_refused(run):
+    with pytest.raises(ValueError, match="--probe-pairs and --probe-clips"):
+        run("bad", steps=1, probe_clips=None)
+
+
+# Several processes
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    """Probe, uneven gradients and surgery on one of several ranks; rank 0 writes what it saw."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init-{world}", rank=rank, world_size=world)
+    model = toy()
+    params = lora_parameters(model)
+    rng = torch.Generator().manual_seed(5)
+    x, y = torch.randn(12, 2, 24, generator=rng), torch.randn(12, 2, 48, generator=rng)
+
+    def loss(rows: slice) -> torch.Tensor:
+        first, second = model.blocks
+        hidden = first["q"](x[rows]) + model.patch_in(x[rows].view(-1, 3, 4, 4)).mean((2, 3))[:, None]
+        out = first["down"](hidden) + second["down"](second["q"](hidden))
+        return (out - y[rows]).square().mean()
+
+    losses = [partial(loss, slice(i, i + 1)) for i in range(12)]
+    row = probe(model, losses)
+    uneven = gradients(losses[:3], list(params.values()))
+    surgery = Surgery(params.values(), "exact", p_video=0.2)
+    share = 6 // world
+    for task, first in (("identity", 0), ("motion", 6)):
+        loss(slice(first + rank * share, first + (rank + 1) * share)).backward()
+        surgery.take(task)
+    surgery.put()
+    if rank == 0:
+        saved = [p.grad for p in params.values()]
+        torch.save((row | {"seconds": 0}, uneven, saved), f"{folder}/world-{world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_see_what_one_sees(tmp_path):
+    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    worker(0, 1, str(tmp_path))
+    one, two = (torch.load(tmp_path / f"world-{world}.pt", weights_only=False) for world in (1, 2))
+    assert one[0] == two[0]
+    assert len(one[1]) == len(two[1]) == 3
+    torch.testing.assert_close(one[1], two[1], rtol=0, atol=0)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(two[2], one[2], strict=True))
+
+
+# Report
+
+
+def test_the_report_of_runs_side_by_side_live_or_with_gaps(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    model = toy(zero_b=True)  # A has no gradient, so that some measures are undefined
+    rng = torch.Generator().manual_seed(6)
+    params = lora_parameters(model)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "probes.jsonl", "w") as file:
+            for step in (0, 25, 50):
+                wanted = [
+                    {n: torch.randn(p.shape, generator=rng) * n.endswith("B") for n, p in params.items()}
+                    for _ in range(12)
+                ]
+                file.write(json.dumps({"step": step} | probe_of(model, wanted)) + "\n")
+            file.write('{"step": 75, "who')  # still being written
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 0, "seconds": 50}\n' * 2)
+    settings = {"p_video": 0.2, "pcgrad": "buffer-4", "seed": 3}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(settings))
+    page = tmp_path / "page.html"
+    words = ["x", str(tmp_path / "one"), str(tmp_path / "two"), "--html", str(page)]
+    monkeypatch.setattr(sys, "argv", words)
+    diagnostics_report.main()
+    said = capsys.readouterr().out
+    assert "two: p = 0.2, PCGrad buffer-4, seed 3" in said
+    assert "3 probes took" in said and "% of the training time" in said
+    assert (tmp_path / "one" / "probes.png").read_bytes()[:4] == b"\x89PNG"
+    assert "data:image/png;base64,iVBOR" in page.read_text() and page.read_text().count("<tr>") == 3
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "empty")])
+    with pytest.raises(SystemExit, match="no probes; train with --probe-pairs"):
+        diagnostics_report.main()
+
+
+@pytest.mark.parametrize(
+    ("corrected", "said"),
+    [
+        ((0.1, -0.2, 0.4), "not told apart from orthogonal"),
+        ((0.5, 0.2, 0.8), "the tasks pull together"),
+        ((-0.5, -0.8, -0.2), "the tasks pull apart"),
+        ((0.5, None, None), "too noisy for an interval"),
+    ],
+)
+def test_the_verdict_claims_what_the_interval_allows(corrected, said):
+    assert diagnostics_report.verdict({"whole": {"all": {"corrected": corrected}}}) == said
