@@ -11,6 +11,7 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code on the next
     make demo                                                             # tiny model, real photos, CPU
     python train.py --backbone CogVideoX-5b --pairs pairs --clips clips   # the paper's recipe, one 80 GB GPU
     python train.py ... --resume                                          # goes on from the newest save
+    python -m sdv.diagnostics out/run      # do the tasks fight? needs --probe-pairs and --probe-clips
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,10 +32,11 @@ from tqdm import tqdm
 
 import sample
 import weights
-from sdv.data import Clips, Pairs, batches, check_size
+from sdv import diagnostics, diagnostics_report
+from sdv.data import Clips, Pairs, Rows, batches, check_size
 from sdv.lora import add_lora, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
-from sdv.objectives import Losses, Pair, denoising_loss, keep_tokens, random_frame
+from sdv.objectives import Losses, Pair, Schedule, denoising_loss, keep_tokens, random_frame
 from sdv.positions import place_reference
 from sdv.seeds import generator
 from sdv.settings import parse, run
@@ -80,6 +83,12 @@ class Config:
     eps: float = 1e-8  # (paper: 1e-8)
     weight_decay: float = 1e-4  # (paper: 1e-4)
     max_grad_norm: float = 1.0  # (paper: 1.0)
+    # gradients
+    pcgrad: Literal["none", "exact", "buffer-4", "buffer-8"] = "none"  # gradient surgery (paper: none)
+    probe_every: int = 25  # steps between gradient probes; 0, or no held-out data: none (paper: 5 to 50)
+    probe_batches: int = 4  # micro-batches in each of a task's two halves; 3 or more for intervals
+    probe_pairs: str = ""  # folder of pairs whose subjects are not trained on
+    probe_clips: str = ""  # folder of clips that are not trained on
     # system
     out: str = "out/run"  # config.json, metrics.jsonl, samples, saves
     resume: bool = False  # go on from the newest save in --out
@@ -128,12 +137,33 @@ def motion_pair(batch: dict, enc: Encoders, cfg: Config, rng: torch.Generator) -
 
 def draw_task(step: int, micro: int, cfg: Config) -> str:
     """Stochastic switching (alg. 1): u < p is a motion step. Stateless, so it resumes."""
+    if cfg.pcgrad == "exact":  # no coin: both tasks in every step, one after the other
+        return "identity" if micro < cfg.accumulate else "motion"
     coin = generator(cfg.seed, COIN, step, micro if cfg.coin == "micro" else 0)
     return "motion" if torch.rand((), generator=coin) < cfg.p_video else "identity"
 
 
+def probe_losses(
+    held_out: dict[str, Rows], enc: Encoders, dit: nn.Module, schedule: Schedule, cfg: Config
+) -> list[Callable[[], Tensor]]:
+    """Do the tasks fight (sec. 4)? Both losses on rows never trained on, with draws that no step changes."""
+    losses, size = [], {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
+    for kind, (task, rows) in enumerate(held_out.items()):
+        for i, batch in enumerate(diagnostics.held_out(rows, cfg.probe_batches, size[task])):
+            # References are hidden in p_drop of the micro-batches by count: a coin for each of a few would
+            # give the two halves of a task different objectives. No view drop.
+            n, p = i % cfg.probe_batches, cfg.p_drop
+            p = int((n + 1) * p) - int(n * p) if cfg.dropout == "whole" else p
+            recipe = dataclasses.replace(cfg, view_drop=0.0, p_drop=p)
+            draw = partial(generator, 0, PROBE, kind, i)  # not of the run's seed, so that runs compare
+            pair = PAIR_OF[task](batch, enc, recipe, draw(0))
+            losses.append(lambda pair=pair, draw=draw: denoising_loss(dit, schedule, pair, draw(1)).value)
+    return losses
+
+
 PAIR_OF = {"identity": identity_pair, "motion": motion_pair}
 COIN, DRAWS = range(2)  # the second number of a seed says what is drawn from it
+PROBE = 4  # 2 and 3 are sdv.data's
 
 
 # ── Looking at it ───────────────────────────────────────────────────────────────────────────────────────
@@ -190,14 +220,16 @@ def saves(out: Path) -> list[Path]:
 
 
 def save(
-    out: Path, dit: nn.Module, optimizer: torch.optim.Optimizer, step: int, taken: dict[str, int], keep: int
-) -> Path:
+    out: Path, dit: nn.Module, optimizer: torch.optim.Optimizer, surgery: diagnostics.Surgery,
+    step: int, taken: dict[str, int], keep: int,
+) -> Path:  # fmt: skip
     """A folder that appears whole or not at all; older ones go only when it stands."""
     final, temporary = out / f"step-{step:06d}", out / f".step-{step:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights.save_adapter(dit, temporary / "adapter.safetensors")
     state = {"optimizer": optimizer.state_dict(), "step": step, "taken": taken}
+    state["past"] = {task: list(past) for task, past in surgery.past.items()}
     torch.save(state, temporary / "training.pt")
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
@@ -208,7 +240,7 @@ def save(
 
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
 FREE = {"steps", "resume", "out", "workers", "verify", "device", "checkpoint_every", "save_every", "keep"}
-FREE |= {name for name in Config.__dataclass_fields__ if name.startswith("sample_")}
+FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_"))}
 
 
 def open_run(cfg: Config) -> Path | None:
@@ -221,6 +253,7 @@ def open_run(cfg: Config) -> Path | None:
             raise FileExistsError(f"{out}: holds a run, {kept[-1].name}; give --resume or another --out")
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("")
+        (out / "probes.jsonl").unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(settings, indent=2))
         return None
     if not kept:
@@ -230,6 +263,15 @@ def open_run(cfg: Config) -> Path | None:
     if changed:
         raise ValueError(f"{out}: a resumed run keeps its settings; changed: {'; '.join(changed)}")
     return kept[-1]
+
+
+def cut_back(path: Path, step: int) -> list[dict]:
+    """Leave a JSONL file the rows of the steps before this one; a killed process may have torn the last."""
+    if not path.exists():
+        return []
+    rows = [row for row in map(json.loads, path.read_text().split("\n")[:-1]) if row["step"] < step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 # ── The script ──────────────────────────────────────────────────────────────────────────────────────────
@@ -243,13 +285,22 @@ def main() -> None:
     missing = [name for name in ("height", "width", "frames", "fps") if getattr(cfg, name) is None]
     cfg = dataclasses.replace(cfg, **{name: getattr(layout, name) for name in missing})
     check_size(cfg.height, cfg.width, cfg.frames, layout.spatial_ratio, layout.temporal_ratio, layout.patch)
-    data = {}
+    sides = cfg.height, cfg.width
+    data, held_out = {}, {}
     if cfg.p_video < 1:
-        data["identity"] = Pairs(cfg.pairs, cfg.height, cfg.width, cfg.cls_token, cfg.crop_jitter)
+        data["identity"] = Pairs(cfg.pairs, *sides, cfg.cls_token, cfg.crop_jitter)
     if cfg.p_video > 0:
-        data["motion"] = Clips(cfg.clips, cfg.frames, cfg.fps, cfg.height, cfg.width, cfg.window)
-    for folder in data.values():
+        data["motion"] = Clips(cfg.clips, cfg.frames, cfg.fps, *sides, cfg.window)
+    if bool(cfg.probe_pairs) != bool(cfg.probe_clips):
+        raise ValueError("--probe-pairs and --probe-clips belong together: a probe compares both tasks")
+    if cfg.probe_every and cfg.probe_pairs:
+        held_out["identity"] = Pairs(cfg.probe_pairs, *sides, cfg.cls_token)
+        held_out["motion"] = Clips(cfg.probe_clips, cfg.frames, cfg.fps, *sides)
+        diagnostics.check_unseen(held_out.values(), data.values())
+    for folder in (*data.values(), *held_out.values()):
         folder.verify(cfg.verify)
+    if cfg.pcgrad != "none" and (cfg.coin != "step" or not 0 < cfg.p_video < 1):
+        raise ValueError("--pcgrad needs both tasks, one in a step: 0 < --p-video < 1 and --coin step")
     shot = sample.with_defaults(
         sample.Config(
             backbone=cfg.backbone, prompt=(cfg.sample_prompt,), seed=(cfg.seed,), steps=cfg.sample_steps,
@@ -279,6 +330,7 @@ def main() -> None:
     # memory; the LoRA and AdamW's moments stay fp32, because their updates are too small for bf16.
     print(f"precision: networks {cfg.dtype}; LoRA, AdamW, noise and loss float32")
     optimizer = torch.optim.AdamW(params.values(), cfg.lr, tuple(cfg.betas), cfg.eps, cfg.weight_decay)
+    surgery = diagnostics.Surgery(params.values(), cfg.pcgrad, cfg.p_video)
 
     # 3. The frozen encoders. A latent is the mean of the VAE's posterior, so a picture always looks the same.
     @torch.no_grad()
@@ -287,6 +339,7 @@ def main() -> None:
 
     ref_tokens = cfg.height * cfg.width // (layout.spatial_ratio * layout.patch) ** 2
     enc = Encoders(encode, backbone.text, ref_tokens)
+    probe = probe_losses(held_out, enc, dit, schedule, cfg)
 
     # 4. Where the run stands. Draws have no state: the step, and the batches taken so far, are all of it.
     first, taken, rows = 0, dict.fromkeys(PAIR_OF, 0), []
@@ -294,9 +347,9 @@ def main() -> None:
         state = torch.load(newest / "training.pt", map_location=cfg.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         first, taken = state["step"], state["taken"]
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if row["step"] < first]
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        surgery.restore(state["past"])
+        rows = cut_back(out / "metrics.jsonl", first)
+        cut_back(out / "probes.jsonl", first)
         print(f"resumed from {newest}")
     size = {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
     feeds = {
@@ -311,7 +364,12 @@ def main() -> None:
     for step in bar:
         # Once in a while: a save, a look.
         if step > first and step % cfg.save_every == 0:
-            save(out, dit, optimizer, step, taken, cfg.keep)
+            save(out, dit, optimizer, surgery, step, taken, cfg.keep)
+        if probe and step % cfg.probe_every == 0:
+            row = {"step": step} | diagnostics.probe(dit, probe)
+            with open(out / "probes.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.write(diagnostics_report.line(row))
         if cfg.sample_every and step % cfg.sample_every == 0:
             dit.eval()
             texts = enc.text([cfg.sample_prompt]), enc.text([""])
@@ -321,7 +379,7 @@ def main() -> None:
 
         # ┌────────────────────────────────────────────────────────────────────────────────────────────┐
         start, seen = time.perf_counter(), {}
-        for micro in range(cfg.accumulate):
+        for micro in range(cfg.accumulate * (2 if cfg.pcgrad == "exact" else 1)):
             rng = generator(cfg.seed, DRAWS, step, micro)
             torch.manual_seed(rng.initial_seed())  # LoRA dropout draws from the global generator
             task = draw_task(step, micro, cfg)
@@ -330,7 +388,9 @@ def main() -> None:
             loss = denoising_loss(dit, schedule, PAIR_OF[task](batch, enc, cfg, rng), rng)
             require_finite(loss, batch, task, step)
             (loss.value / cfg.accumulate).backward()
+            surgery.take(task)
             seen.setdefault(task, []).append(loss)
+        surgery.put()
         grad_norm = nn.utils.clip_grad_norm_(params.values(), cfg.max_grad_norm)
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
@@ -350,7 +410,9 @@ def main() -> None:
 
     # 6. The end: the adapter, ready for sample.py and for diffusers.
     bar.close()
-    final = save(out, dit, optimizer, cfg.steps, taken, cfg.keep)
+    if probe:
+        print(diagnostics_report.cost(out))
+    final = save(out, dit, optimizer, surgery, cfg.steps, taken, cfg.keep)
     print(f"adapter: {final / 'adapter.safetensors'}")
 
 
