@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
-from sdv.layers import FeedForward, TimeEmbedding, patchify, unpatchify
+from sdv.layers import FeedForward, TimeEmbedding, patchify, run_blocks, unpatchify
 from sdv.positions import centred_grid, rope_table, spread
 
 
@@ -138,12 +137,7 @@ class CogVideoXDiT(nn.Module):
         x = torch.cat([self.text_in(text), x], dim=1)                     # (B, L, D): text | ref | video
         time = nn.functional.silu(self.time_in(t))                        # (B, time_dim)
 
-        for i, block in enumerate(self.blocks):
-            if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, rope, segments, use_reentrant=False)
-            else:
-                x = block(x, time, rope, segments)
-
+        x = run_blocks(self.blocks, self.checkpoint_every, x, time, rope, segments)
         x = x[:, -self.token_count(video) :]                              # (B, T h w, D): video only
         return self.output(x, time, (video.shape[2], *grid[1:]))          # (B, C, T, H, W)
 

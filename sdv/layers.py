@@ -1,10 +1,11 @@
-"""Layers that both backbones are built of: time embedding, feed-forward, patches."""
+"""What both backbones are built of: time embedding, feed-forward, patches, the walk through the blocks."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def sinusoid(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,3 +53,13 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor
     """Tokens (B, T * h * w, C * patch * patch) of a grid (T, h, w) -> (B, C, T, H, W)."""
     x = tokens.unflatten(-1, (-1, patch, patch)).unflatten(1, grid)       # (B, T, h, w, C, p, p)
     return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)     # (B, C, T, h * p, w * p)
+
+
+def run_blocks(blocks: nn.ModuleList, recompute_every: int, x: Tensor, *conditions) -> Tensor:
+    """x through block(x, *conditions) of each; every n-th recomputes its activations in backward."""
+    for i, block in enumerate(blocks):
+        if recompute_every and i % recompute_every == 0 and torch.is_grad_enabled():
+            x = checkpoint(block, x, *conditions, use_reentrant=False)
+        else:
+            x = block(x, *conditions)
+    return x

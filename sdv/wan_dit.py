@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
-from sdv.layers import FeedForward, sinusoid, unpatchify
+from sdv.layers import FeedForward, run_blocks, sinusoid, unpatchify
 from sdv.positions import rope_table
 
 FAR = 32  # latent frames; the longest clip has 31
@@ -157,14 +156,9 @@ class WanDiT(nn.Module):
         segments = (tokens,) if ref is None else (x.shape[1] - tokens, tokens)
         times = t[:, None] if ref is None else torch.stack([torch.zeros_like(t), t], dim=1)  # (B, S)
         time, modulation = self.embed_time(times)                         # (B, S, D), (B, S, 6, D)
-        text = self.text_in(text)                                         # (B, L, D)
+        conditions = self.text_in(text), modulation, rope, segments
 
-        x = x.contiguous()
-        for i, block in enumerate(self.blocks):
-            if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, rope, segments, use_reentrant=False)
-            else:
-                x = block(x, text, modulation, rope, segments)
+        x = run_blocks(self.blocks, self.checkpoint_every, x.contiguous(), *conditions)
         return self.output(x[:, -tokens:], time[:, -1:], grid)            # (B, C, T, H, W): video only
 
     def embed_time(self, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from conftest import relative_error
 
 from sdv.schedule import FlowMatching, VPrediction, euler, unipc
+from weights.wan import schedule_from
 
 # scheduler/scheduler_config.json of Wan 2.2 TI2V-5B
 CONFIG = {
@@ -174,3 +175,28 @@ def test_samplers_work_in_fp32_whatever_the_network_returns(sampler):
 def test_an_impossible_number_of_steps_is_refused(steps):
     with pytest.raises(ValueError, match="1 to 1000"):
         FlowMatching().timesteps(steps)
+
+
+def test_the_published_config_is_the_default_and_an_euler_one_is_read_too():
+    assert schedule_from(CONFIG) == FlowMatching()
+    schedule = schedule_from({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    assert schedule == FlowMatching(shift=3.0, default_sampler="euler")
+    assert schedule.samplers[schedule.default_sampler] is euler
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_class_name": "CogVideoXDDIMScheduler"},
+        {"prediction_type": "epsilon"},
+        {"use_flow_sigmas": False},
+        {"solver_order": 3},
+        {"solver_type": "bh1"},
+        {"final_sigmas_type": "sigma_min"},
+        {"use_karras_sigmas": True},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_is_not_supported_is_refused_by_the_name_of_its_field(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        schedule_from(CONFIG | change)

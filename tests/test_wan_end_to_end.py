@@ -1,6 +1,7 @@
 """A tiny Wan through the two scripts, and its files beside diffusers and in the original layout."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from sdv.objectives import denoising_loss
 from sdv.seeds import generator
 from weights import tiny as tiny_models
 from weights import wan
+from weights.tensors import rename, reverse
 
 SIZE = {"--height": 64, "--width": 96, "--frames": 9, "--fps": 8}
 RUN = {
@@ -272,15 +274,28 @@ def test_scaled_fp8_and_single_files_are_refused_with_the_reason(tiny, tmp_path)
         weights.open_backbone(file)
 
 
-def test_an_euler_scheduler_is_read_too():
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
-    schedule = wan.schedule_from(config)
-    assert (schedule.shift, schedule.default_sampler) == (3.0, "euler")
-    unipc = tiny_models.WAN_CONFIGS["scheduler/scheduler_config.json"]
-    assert wan.schedule_from(unipc).default_sampler == "unipc"
-
-
 def test_the_layout_knows_wans_sizes(tiny):
     layout = weights.open_backbone(tiny)
     assert (layout.frames, layout.height, layout.width, layout.fps) == (121, 704, 1280, 24.0)
     assert (layout.spatial_ratio, layout.temporal_ratio, layout.patch, layout.guidance) == (16, 4, 2, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "digest"),
+    [
+        ("dit", "DIT", "e6aa5b3ad491053717cbb3af607b9d9e6e22e91bb0ae32a0c41eaeccba85787b"),
+        ("vae", "VAE", "d6eb318580d7756b4a0e2187642cbff278616b7e3d4580d041014a424ab0911e"),
+        ("text", "UMT5", "d6379851fe159f731ef389ae07835eb08fa89ec5d66c040b0d37ac466279d11b"),
+    ],
+)
+def test_the_original_tables_name_every_tensor_of_another_implementation(part, names, digest):
+    """The hashes are of names and shapes of DiffSynth-Studio 1.1.9's WanModel, VideoVAE38_, WanTextEncoder."""
+    build = {
+        "dit": lambda: wan.WanDiT(wan.WanConfig()),
+        "vae": lambda: wan.WanVAE(wan.VAE_ORIGINAL),
+        "text": lambda: wan.T5Encoder(wan.UMT5_XXL),
+    }[part]
+    table = reverse(getattr(wan, f"{names}_NAMES_ORIGINAL"))
+    with torch.device("meta"):
+        rows = sorted(f"{rename(name, table)} {list(p.shape)}" for name, p in build().named_parameters())
+    assert hashlib.sha256("\n".join(rows).encode()).hexdigest() == digest

@@ -1,15 +1,13 @@
 """CogVideoX checkpoints in the diffusers layout: what their configs mean, what their tensors are called."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from sdv.schedule import VPrediction
 from sdv.text import T5Config, T5Encoder, TextEncoder, Tokenizer
-from weights.layout import Layout, Part
-from weights.tensors import Names, read_json
+from weights.layout import Layout, Part, read_config
+from weights.tensors import Names
 
 # ---------------------------------------------------------------------------------------- transformer
 DIT_NAMES: Names = {
@@ -229,9 +227,9 @@ CONFIGS = {
 
 def read_layout(path: Path) -> Layout:
     """What the configs of a folder say. ValueError, with file and reason, for what is not supported."""
-    dit = _config(path, "dit", dit_config)
-    vae = _config(path, "vae", vae_config)
-    text = _config(path, "text", t5_config)
+    dit = read_config(path / CONFIGS["dit"], dit_config)
+    vae = read_config(path / CONFIGS["vae"], vae_config)
+    text = read_config(path / CONFIGS["text"], t5_config)
     tokenizer = Tokenizer(path / TOKENIZER, dit.text_tokens)
     vocabulary = sorted(str(file.relative_to(path)) for file in path.glob("tokenizer/*"))
     weights_file = "diffusion_pytorch_model.safetensors"
@@ -248,7 +246,7 @@ def read_layout(path: Path) -> Layout:
                 root="encoder",
             ),
         },
-        schedule=_config(path, "schedule", schedule_from),
+        schedule=read_config(path / CONFIGS["schedule"], schedule_from),
         files=("model_index.json", *CONFIGS.values(), *vocabulary),
         frames=dit.base_frames,
         height=dit.base_height * vae.spatial_ratio,
@@ -261,12 +259,3 @@ def read_layout(path: Path) -> Layout:
         patch=dit.patch,
         text_tokens=dit.text_tokens,
     )
-
-
-def _config(path: Path, part: str, convert: Callable[[dict], Any]) -> Any:
-    file = path / CONFIGS[part]
-    content = read_json(file)
-    try:
-        return convert(content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error

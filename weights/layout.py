@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
 from sdv.schedule import NoiseProcess
-from weights.tensors import Names
+from weights.tensors import Names, read_json
+
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -45,3 +47,12 @@ class Layout:
     channels: int  # of a latent
     patch: int  # latents per token, in each direction
     text_tokens: int
+
+
+def read_config(file: Path, convert: Callable[[dict], T]) -> T:
+    """What a JSON file means. Errors name the file."""
+    content = read_json(file)
+    try:
+        return convert(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -1,16 +1,14 @@
 """Wan 2.2 TI2V-5B checkpoints in the diffusers layout and in the original one, read into the same modules."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sdv.schedule import FlowMatching
 from sdv.text import CLEANING, T5Config, T5Encoder, Tokenizer, UMT5TextEncoder
 from sdv.wan_dit import WanConfig, WanDiT
 from sdv.wan_vae import WanVAE, WanVAEConfig
 from weights.cogvideox import T5_NAMES, t5_config
-from weights.layout import Layout, Part
+from weights.layout import Layout, Part, read_config
 from weights.tensors import Names, read_json
 
 # ---------------------------------------------------------------------------------------- transformer
@@ -313,22 +311,22 @@ def read_layout(path: Path) -> Layout:
 
 
 def _diffusers_layout(path: Path) -> Layout:
-    _config(path, "model_index.json", _check_index)
-    dit = _config(path, CONFIGS["dit"], dit_config)
-    vae = _config(path, CONFIGS["vae"], vae_config)
-    text = _config(path, CONFIGS["text"], umt5_config)
+    read_config(path / "model_index.json", _check_index)
+    dit = read_config(path / CONFIGS["dit"], dit_config)
+    vae = read_config(path / CONFIGS["vae"], vae_config)
+    text = read_config(path / CONFIGS["text"], umt5_config)
     parts = {
         "dit": Part("transformer", DIT_FILE, DIT_NAMES, lambda: WanDiT(dit)),
         "vae": Part("vae", DIT_FILE, VAE_NAMES, lambda: WanVAE(vae)),
         "text": _text_part(path / "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text),
     }
-    schedule = _config(path, CONFIGS["schedule"], schedule_from)
+    schedule = read_config(path / CONFIGS["schedule"], schedule_from)
     files = ("model_index.json", *CONFIGS.values(), *_vocabulary(path, "tokenizer"))
     return _layout(path, parts, schedule, files, dit, vae)
 
 
 def _original_layout(path: Path) -> Layout:
-    dit, vae = _config(path, "config.json", original_dit_config), VAE_ORIGINAL
+    dit, vae = read_config(path / "config.json", original_dit_config), VAE_ORIGINAL
     parts = {
         "dit": Part("", DIT_FILE, DIT_NAMES_ORIGINAL, lambda: WanDiT(dit)),
         "vae": Part("", VAE_PTH, VAE_NAMES_ORIGINAL, lambda: WanVAE(vae)),
@@ -378,11 +376,3 @@ def _layout(
         patch=dit.patch,
         text_tokens=dit.text_tokens,
     )
-
-
-def _config(path: Path, file: str, convert: Callable[[dict], Any]) -> Any:
-    content = read_json(path / file)
-    try:
-        return convert(content)
-    except ValueError as error:
-        raise ValueError(f"{path / file}: {error}") from error
