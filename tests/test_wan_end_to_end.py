@@ -249,6 +249,7 @@ def edited(folder, file, **fields):
         ("model_index.json", {"expand_timesteps": False}, "expand_timesteps.*one time for all tokens"),
         ("transformer/config.json", {"image_dim": 1280}, "image_dim"),
         ("transformer/config.json", {"_class_name": "WanVACETransformer3DModel"}, "WanVACE"),
+        ("transformer/config.json", {"in_channels": 16, "out_channels": 16}, None),
         ("vae/config.json", {"is_residual": False}, "is_residual"),
         ("text_encoder/config.json", {"model_type": "t5"}, "model_type"),
         ("text_encoder/config.json", {"vocab_size": 500}, None),
@@ -289,7 +290,7 @@ def test_the_layout_knows_wans_sizes(tiny):
     ],
 )
 def test_the_original_tables_name_every_tensor_of_another_implementation(part, names, digest):
-    """The hashes are of names and shapes of DiffSynth-Studio 1.1.9's WanModel, VideoVAE38_, WanTextEncoder."""
+    """Hashes of names and shapes in DiffSynth-Studio 1.1.9: WanModel, VideoVAE38_, WanTextEncoder."""
     build = {
         "dit": lambda: wan.WanDiT(wan.WanConfig()),
         "vae": lambda: wan.WanVAE(wan.VAE_ORIGINAL),

@@ -106,11 +106,8 @@ def dit_config(json: dict) -> WanConfig:
 
 def original_dit_config(json: dict) -> WanConfig:
     """config.json of the original layout -> WanConfig. ValueError for what is not supported."""
-    kind = json.get("model_type", "ti2v")
-    if kind not in ("t2v", "ti2v"):
-        raise ValueError(
-            f"model_type = {kind!r}; supported: 'ti2v', Wan 2.2 TI2V-5B, which starts from noise"
-        )
+    if json.get("model_type") != "ti2v":
+        raise ValueError(f"model_type = {json.get('model_type')!r}; supported: 'ti2v', Wan 2.2 TI2V-5B")
     _same_channels(json.get("in_dim", 16), json.get("out_dim", 16))
     heads = json.get("num_heads", 16)
     return WanConfig(
@@ -360,6 +357,11 @@ def _layout(
     path: Path, parts: dict[str, Part], schedule: FlowMatching, files: tuple[str, ...], dit: WanConfig,
     vae: WanVAEConfig,
 ) -> Layout:  # fmt: skip
+    if dit.channels != vae.latent_channels:
+        raise ValueError(
+            f"{path}: the transformer has {dit.channels} channels, the VAE {vae.latent_channels}: not of one "
+            "model; supported: Wan 2.2 TI2V-5B, with 48"
+        )
     return Layout(
         path=path,
         parts=parts,
