@@ -75,7 +75,7 @@ TILES = {
     (90, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
     (100, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
     (100, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (120, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
+    (120, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
     (120, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 16, 8, 2), Tile(64, 64, 8, 2)),
 }
 FP32 = Tiles(*[Tile(16, 16, 8, 1)] * 3)  # no tensor cores: exact and slow, for checking
