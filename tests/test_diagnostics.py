@@ -125,9 +125,10 @@ def test_the_correction_finds_the_cosine_that_noise_hides():
 
 def test_without_signal_nothing_is_claimed():
     gram = torch.eye(16, dtype=torch.float64)[None].clone()
-    gram[0, 0, 4] = gram[0, 4, 0] = -0.5  # identity a and b disagree
+    gram[0, 0, 4] = gram[0, 4, 0] = -0.5  # identity a and b disagree,
+    gram[0, 8, 12] = gram[0, 12, 8] = gram[0, 0, 8] = gram[0, 8, 0] = 0.5  # all else is well
     (row,) = diagnostics.with_intervals(gram)
-    assert row["identity"][0] < 0 == row["cross"][0]
+    assert row["identity"][0] < 0 < row["cross"][0] and row["motion"][0] > 0
     assert row["corrected"] == row["noise_identity"] == [None] * 3
     assert diagnostics_report.verdict({"whole": {"all": row}}) == "too noisy to compare"
 
