@@ -25,11 +25,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .dispatch import launch, processors, require, run, use_triton, wide
+from .dispatch import launch, processors, require, run, tl, triton, use_triton, wide
 
 Segments = tuple[int, ...] | None
 WIDEST = 16384  # a row lives in the registers of one program
@@ -54,11 +52,7 @@ def adaln_reference(
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     normed = F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
     modulation = (1 + scale.to(dtype), shift.to(dtype))
-    return _by_segment(_modulate, segments, (normed,), modulation).to(x.dtype)
-
-
-def _modulate(normed: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, normed, factor)
+    return _by_segment(lambda n, a, b: torch.addcmul(b, n, a), segments, (normed,), modulation).to(x.dtype)
 
 
 def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor, segments: Segments = None) -> Tensor:

@@ -32,12 +32,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .dispatch import INTERPRET, arch, launch, require, run, token_major, use_triton
+from .dispatch import (
+    INTERPRET,
+    TensorDescriptor,
+    arch,
+    launch,
+    require,
+    run,
+    tl,
+    token_major,
+    triton,
+    use_triton,
+)
 
 WIDTHS = (16, 32, 64, 128)
 EXACT = tl.constexpr("ieee")  # fp32 inputs are multiplied as fp32, not rounded to TF32

@@ -11,6 +11,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # there is no Triton for macOS or Windows: the references run, kernels are only defined
+
+    class Absent:
+        def __getattr__(self, name: str):
+            return self
+
+        def __call__(self, thing=None):
+            return thing
+
+    triton = tl = TensorDescriptor = Absent()
+
 MODE = os.environ.get("SDV_KERNELS") or "auto"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +46,7 @@ def require(ok: bool, message: str):
 
 def use_triton(x: Tensor) -> bool:
     """Whether x goes to Triton. Raises if SDV_KERNELS=triton asks for what cannot be."""
-    runnable = (x.is_cuda or INTERPRET) and x.dtype in DTYPES
+    runnable = (x.is_cuda or INTERPRET) and x.dtype in DTYPES and triton is not tl
     if MODE == "triton" and not runnable:
         raise ValueError(
             f"SDV_KERNELS=triton, but Triton cannot run {x.dtype} on {x.device}: it takes fp32, bf16 or fp16 "
@@ -41,7 +56,11 @@ def use_triton(x: Tensor) -> bool:
 
 
 def run(op: Callable, *args):
-    """op(*args). The interpreter's bf16 arithmetic is wrong: there, bf16 goes in and out as fp32."""
+    """op(*args), with vectors (the weights of a norm) made dense.
+
+    The interpreter's bf16 arithmetic is wrong: there, bf16 goes in and out as fp32.
+    """
+    args = [a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args]
     if not INTERPRET:
         return op(*args)
     dtype = args[0].dtype

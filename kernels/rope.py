@@ -27,11 +27,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .dispatch import launch, processors, require, run, token_major, use_triton, wide
+from .dispatch import launch, processors, require, run, tl, token_major, triton, use_triton, wide
 
 WIDTHS = (16, 32, 64, 128, 256)
 
