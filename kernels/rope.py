@@ -72,10 +72,9 @@ def rmsnorm_rope_reference(
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    text = (0, 0, rows.shape[1] - cos.shape[0], 0)
-    cos, sin = (
-        t.to(rows.dtype)[:, None] for t in (F.pad(cos, text, value=1.0), F.pad(sin, text))
-    )  # (L, 1, K/2)
+    text = (0, 0, rows.shape[1] - cos.shape[0], 0)  # rows of angle 0 in front
+    cos = F.pad(cos, text, value=1.0).to(rows.dtype)[:, None]  # (L, 1, K/2)
+    sin = F.pad(sin, text).to(rows.dtype)[:, None]
     pairs = rows.contiguous().unflatten(-1, (-1, 2))  # (B, L, H, K/2, 2)
     if torch.compiler.is_compiling():  # which fuses this, but cannot fuse complex numbers
         a, b = pairs.unbind(-1)
