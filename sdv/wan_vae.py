@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdv.cogvideox_vae import CausalConv, CogVideoXVAE, Downsample, Pointwise, Stream, Upsample, conv2d
+from sdv.cogvideox_vae import (
+    CausalConv,
+    CogVideoXVAE,
+    Downsample,
+    Pointwise,
+    Stream,
+    Upsample,
+    conv2d,
+    each_frame,
+)
 
 # Mean and deviation of each channel over the latents of Wan's training videos.
 MEAN = (
@@ -205,7 +214,7 @@ class Down(nn.Module):
         shortcut = average_down(x, self.width, *self.cell)
         for block in self.blocks:
             x = block(x, stream)
-        x = x if self.resize is None else self.resize(x, stream)
+        x = x if self.resize is None else each_frame(self.resize.shrink, x, stream)
         x = x if self.time is None else self.time(x, stream)
         return x + shortcut                                               # (T', B, H', W', O)
 
@@ -229,7 +238,7 @@ class Up(nn.Module):
         if self.resize is None:
             return x
         x = x if self.time is None else self.time(x, stream)
-        return self.resize(x, stream) + copy_up(start, self.width, *self.cell, alone)
+        return each_frame(self.resize.enlarge, x, stream) + copy_up(start, self.width, *self.cell, alone)
 
 
 class Encoder(nn.Module):
