@@ -100,7 +100,8 @@ def main() -> None:
             print(f"{dtype:9} {field:10} ours {mine:.3f}  diffusers {theirs:.3f}  ratio {ratio:.3f}")
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["dtype", "what", "ours", "diffusers + peft", "median ratio", "machine", "torch", "date"])
+        head = ["dtype", "figure", "ours", "diffusers + peft", "ratio", "machine", "torch", "date"]
+        writer.writerow(head)
         machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         for row in rows:
             writer.writerow([*row, machine, torch.__version__, str(datetime.date.today())])
