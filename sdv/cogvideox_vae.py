@@ -5,18 +5,18 @@ Without gradients every layer works on bands of rows small enough for the cache,
 and padded copies of a whole clip never exist, and a block adds its result to its input in place.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ENCODE_FRAMES = 8    # frames that are encoded together, and share the statistics of their norms
-DECODE_FRAMES = 2    # latent frames that are decoded together
-BAND_BYTES = 2**24   # size of a band of rows in float32
+ENCODE_FRAMES = 8  # frames that are encoded together, and share the statistics of their norms
+DECODE_FRAMES = 2  # latent frames that are decoded together
+BAND_BYTES = 2**21  # size of a band of rows of one frame in float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CogVideoXVAEConfig:
 class Stream:
     """What a chunk of frames remembers of the one before it: two input frames of every convolution."""
 
-    lean: bool          # no gradients: work in bands, overwrite
+    lean: bool  # no gradients: work in bands, overwrite
     last: bool = False  # nothing follows, so nothing needs to be remembered
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ def chunks(frames: int, size: int) -> list[tuple[int, int]]:
 def toom_cook(outputs: int, points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Matrices for `outputs` values of a three-tap filter g: y = after @ ((taps @ g) * (before @ d)).
 
-    The transpose of multiplying polynomials by their values at `points` and infinity (Toom and Cook; Winograd):
+    The transpose of multiplying polynomials by their values at `points` and infinity (Toom, Cook; Winograd):
     outputs + 2 products where the direct way takes 3 * outputs.
     """
 
@@ -80,7 +80,7 @@ def toom_cook(outputs: int, points: tuple[float, ...]) -> tuple[Tensor, Tensor, 
     return torch.linalg.inv(values(outputs + 2)).T, values(3), values(outputs).T
 
 
-# Points chosen for small rounding errors. 1 comes first: its product has weight 1 in every output, like a bias.
+# Points chosen for small rounding errors. 1 comes first: its product has weight 1 in all outputs, as a bias.
 TILINGS = {
     4: toom_cook(4, (1.0, -1.0, 0.0, 0.5, -2.0)),
     2: toom_cook(2, (1.0, -1.0, 0.0)),
@@ -88,46 +88,26 @@ TILINGS = {
 }
 
 
-class TimeConv:
-    """A 3x3x3 convolution prepared for T + 2 frames: on the CPU in float32, four frames cost six products.
+class TiledFilter:
+    """A 3x3x3 filter made ready for `size` frames at a time."""
 
-    In bfloat16 the sums and differences it takes would double the rounding errors; GPUs do not wait for products.
-    """
+    def __init__(self, weight: Tensor, size: int):
+        before, taps, after = (matrix.to(weight) for matrix in TILINGS[size])
+        self.before, self.after = before, after
+        filters = torch.einsum("st,oithw->sohwi", taps, weight).contiguous()
+        self.filters = filters.permute(0, 1, 4, 2, 3)  # (size + 2, O, C, 3, 3)
 
-    def __init__(self, weight: Tensor, bias: Tensor, frames: int):
-        self.weight, self.bias = weight, bias
-        self.tiles, self.matrices, self.filters = [], {}, {}
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-            for size in TILINGS:
-                self.tiles += [size] * ((frames - sum(self.tiles)) // size)
-        for size in set(self.tiles):
-            before, taps, after = (matrix.to(weight) for matrix in TILINGS[size])
-            filters = torch.einsum("st,oithw->sohwi", taps, weight).contiguous()
-            self.matrices[size] = before, after
-            self.filters[size] = filters.permute(0, 1, 4, 2, 3)           # (size + 2, O, C, 3, 3)
-
-    def __call__(self, x: Tensor, pad_rows: int) -> Tensor:
-        """Frames (T + 2, B, H, W, C) -> (T, B, H, W, O), zeros beside the columns and, if asked, the rows."""
-        padding = (pad_rows, 1)
-        if not self.tiles:
-            volume = x.permute(1, 4, 0, 2, 3)                             # (B, C, T + 2, H, W)
-            volume = F.conv3d(volume, self.weight, self.bias, padding=(0, *padding))
-            return volume.permute(2, 0, 3, 4, 1)
-        starts = itertools.accumulate(self.tiles, initial=0)
-        return torch.cat([
-            self.tile(x[start : start + size + 2], size, padding)
-            for start, size in zip(starts, self.tiles, strict=False)
-        ])
-
-    def tile(self, window: Tensor, size: int, padding: tuple[int, int]) -> Tensor:
-        before, after = self.matrices[size]
-        mixed = (before @ window.flatten(1)).view(window.shape)           # (size + 2, B, H, W, C)
-        biases = [self.bias] + [None] * (size + 1)
-        products = torch.stack([
-            conv2d(frame, weight, bias, padding=padding)
-            for frame, weight, bias in zip(mixed, self.filters[size], biases, strict=True)
-        ])                                                                # (size + 2, B, H, W, O)
-        return (after @ products.flatten(1)).unflatten(1, products.shape[1:])
+    def __call__(self, window: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+        """Frames (size + 2, B, H, W, C) -> (size, B, H', W', O)."""
+        mixed = (self.before @ window.flatten(1)).view(window.shape)
+        biases = [bias] + [None] * (len(mixed) - 1)
+        products = torch.stack(
+            [
+                conv2d(frame, weight, bias, padding=padding)
+                for frame, weight, bias in zip(mixed, self.filters, biases, strict=True)
+            ]
+        )  # (size + 2, B, H', W', O)
+        return (self.after @ products.flatten(1)).unflatten(1, products.shape[1:])
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tensor:
@@ -135,16 +115,22 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tens
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **how).permute(0, 2, 3, 1)
 
 
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+    """3-D convolution of frames (T + 2, B, H, W, C), valid in time."""
+    y = F.conv3d(x.permute(1, 4, 0, 2, 3), weight, bias, padding=(0, *padding))
+    return y.permute(2, 0, 3, 4, 1)  # (T, B, H', W', O)
+
+
 def bands(x: Tensor, stream: Stream) -> Iterator[tuple[int, int]]:
     """Cut the rows of (T, B, H, W, C) into bands; one band, all rows, where gradients need whole tensors."""
     rows = x.shape[2]
-    height = max(8, BAND_BYTES // (4 * x[:, :, 0].numel())) if stream.lean else rows
+    height = max(8, BAND_BYTES // (4 * x[0, :, 0].numel())) if stream.lean else rows
     for top in range(0, rows, height):
         yield top, min(top + height, rows)
 
 
 class CausalConv(nn.Conv3d):
-    """3x3x3 convolution of a frame and the two before it; the first frame stands in for those before a clip."""
+    """3x3x3 convolution of a frame and the two before it; before a clip lie copies of its first frame."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3)
@@ -156,31 +142,59 @@ class CausalConv(nn.Conv3d):
 
         In a lean stream the sum is written into the residual.
         """
-        frames, batch, height, width, channels = x.shape
-        past = stream.past.pop(self, None)                                # (2, B, H, W, C), activated
+        past = stream.past.pop(self, None)  # (2, B, H, W, C), activated
         future = None if stream.last else x.new_empty(2, *x.shape[1:])
-        convolve = TimeConv(self.weight, self.bias, frames)
-        out = residual if residual is not None else x.new_empty(*x.shape[:-1], self.out_channels)
-        for top, bottom in bands(x, stream):
-            low, high = max(top - 1, 0), min(bottom + 1, height)          # with a halo of one row
-            band = x[:, :, low:high] if affine is None else affine.activate(x, low, high)
-            before = band[:1].expand(2, -1, -1, -1, -1) if past is None else past[:, :, low:high]
-            band = torch.cat([before, band])                              # (T + 2, B, R, W, C)
-            if future is not None:
-                future[:, :, top:bottom] = band[-2:, :, top - low : bottom - low]
-            whole = bottom - top == height
-            if not whole:
-                band = F.pad(band, (0, 0, 0, 0, low == top, high == bottom))
-            y = convolve(band, pad_rows=int(whole))                       # (T, B, R, W, O)
-            if not stream.lean:
-                out = y if residual is None else y + residual
-            elif residual is None:
-                out[:, :, top:bottom] = y
-            else:
-                out[:, :, top:bottom] += y
+        plan = self.plan(len(x))
+        if stream.lean:
+            out = x.new_empty(*x.shape[:-1], self.out_channels) if residual is None else residual
+            for top, bottom in bands(out, stream):
+                for frames, y in self.band(x, affine, past, future, plan, top, bottom):
+                    place = out[frames, :, top:bottom]
+                    place.copy_(y) if residual is None else place.add_(y)
+        else:
+            out = torch.cat([y for _, y in self.band(x, affine, past, future, plan, 0, x.shape[2])])
+            out = out if residual is None else out + residual
         if future is not None:
             stream.past[self] = future
-        return out
+        return out  # (T, B, H, W, O)
+
+    def plan(self, frames: int) -> list[tuple[slice, Callable]]:
+        """Cut T frames into runs, each with the function that convolves it."""
+        if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.float64):
+            return [(slice(0, frames), partial(conv3d, weight=self.weight))]
+        plan, start, filters = [], 0, {}
+        for size in TILINGS:
+            while frames - start >= size:
+                if size not in filters:
+                    filters[size] = TiledFilter(self.weight, size)
+                plan.append((slice(start, start + size), filters[size]))
+                start += size
+        return plan
+
+    def band(
+        self,
+        x: Tensor,
+        affine: "Affine | None",
+        past: Tensor | None,
+        future: Tensor | None,
+        plan: list[tuple[slice, Callable]],
+        top: int,
+        bottom: int,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Rows top..bottom of the result, run by run (T', B, R, W, O); the last two inputs go to `future`."""
+        low, high = max(top - 1, 0), min(bottom + 1, x.shape[2])  # a halo of one row
+        whole = bottom - top == x.shape[2]
+        before = None if past is None else past[:, :, low:high]
+        for frames, function in plan:
+            h = x[frames, :, low:high] if affine is None else affine.activate(x, frames, low, high)
+            before = h[:1].expand(2, -1, -1, -1, -1) if before is None else before
+            h = torch.cat([before, h])  # (T' + 2, B, R + 2, W, C)
+            before = h[-2:]
+            if not whole:
+                h = F.pad(h, (0, 0, 0, 0, int(low == top), int(high == bottom)))
+            yield frames, function(h, bias=self.bias, padding=(int(whole), 1))
+        if future is not None:
+            future[:, :, top:bottom] = before[:, :, top - low : bottom - low]
 
 
 class Pointwise(nn.Conv3d):
@@ -195,19 +209,19 @@ class Pointwise(nn.Conv3d):
 
 # ----------------------------------------------------------------------------------------------- norms
 class Affine(NamedTuple):
-    """What a norm has found: scale and shift in float32, each (T or 1, B, h, w, C), for h x w cells of a frame."""
+    """What a norm has found: scale and shift in float32, each (T, B, h, w, C), for h x w cells of a frame."""
 
     scale: Tensor
     shift: Tensor
 
-    def activate(self, x: Tensor, low: int, high: int) -> Tensor:
-        """silu(scale * x + shift) for rows low..high of x (T, B, H, W, C)."""
+    def activate(self, x: Tensor, frames: slice, low: int, high: int) -> Tensor:
+        """silu(scale * x + shift) for some frames and the rows low..high of x (T, B, H, W, C)."""
         cells, columns = self.scale.shape[2:4]
         rows = torch.arange(low, high, device=x.device) // (x.shape[2] // cells)
-        scale, shift = (each[:, :, rows, :, None] for each in self)       # (T, B, R, w, 1, C)
-        band = x[:, :, low:high].unflatten(3, (columns, -1))              # (T, B, R, w, W / w, C)
+        scale, shift = (each[frames, :, rows, :, None] for each in self)  # (T', B, R, w, 1, C)
+        band = x[frames, :, low:high].unflatten(3, (columns, -1))  # (T', B, R, w, W / w, C)
         band = torch.addcmul(shift, band.to(scale.dtype), scale)
-        return F.silu(band).flatten(3, 4).to(x.dtype)                     # (T, B, R, W, C)
+        return F.silu(band).flatten(3, 4).to(x.dtype)  # (T, B, R, W, C)
 
 
 class Norm(nn.GroupNorm):
@@ -219,14 +233,16 @@ class Norm(nn.GroupNorm):
     def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Affine:
         accurate = torch.promote_types(x.dtype, torch.float32)
         over = (0, 2, 3)
-        mean = x.mean(over, dtype=accurate)                               # (B, C)
+        mean = x.mean(over, dtype=accurate)  # (B, C)
         mean = self.spread(mean.unflatten(-1, (self.num_groups, -1)).mean(-1, keepdim=True))
-        var = sum(
-            (x[:, :, top:bottom] - mean).square().sum(over) for top, bottom in bands(x, stream)
-        ) / x[:, 0, :, :, 0].numel()                                      # (B, C)
+        var = (
+            sum((x[:, :, top:bottom] - mean).square().sum(over) for top, bottom in bands(x, stream))
+            / x[:, 0, :, :, 0].numel()
+        )  # (B, C)
         var = self.spread(var.unflatten(-1, (self.num_groups, -1)).mean(-1, keepdim=True))
-        scale = self.weight * torch.rsqrt(var + self.eps)                 # (1, B, 1, 1, C)
-        return Affine(scale, self.bias - mean * scale)
+        scale = self.weight * torch.rsqrt(var + self.eps)  # (1, B, 1, 1, C)
+        shift = self.bias - mean * scale
+        return Affine(scale.expand(len(x), -1, -1, -1, -1), shift.expand(len(x), -1, -1, -1, -1))
 
     def spread(self, groups: Tensor) -> Tensor:
         """(B, G, 1) -> (1, B, 1, 1, C)."""
@@ -247,16 +263,18 @@ class SpatialNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Affine:
         norm = self.norm(x, None, stream)
-        scale = self.scale(z).to(norm.scale.dtype)                        # (T', B, h, w, C)
-        shift = norm.shift * scale + self.shift(z)
+        scale = self.scale(z).to(norm.scale.dtype)  # (T', B, h, w, C)
+        shift = norm.shift[0] * scale + self.shift(z)
         frames = stretched(len(z), len(x)).to(x.device)
-        return Affine((norm.scale * scale)[frames], shift[frames])        # (T, B, h, w, C)
+        return Affine((norm.scale[0] * scale)[frames], shift[frames])  # (T, B, h, w, C)
 
 
 def stretched(frames: int, to: int) -> Tensor:
     """For each of `to` frames, which of `frames` it repeats. With an odd number the first stands alone."""
     if to > 1 and to % 2:
-        return torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(to - 1) * (frames - 1) // (to - 1)])
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.long), 1 + torch.arange(to - 1) * (frames - 1) // (to - 1)]
+        )
     return torch.arange(to) * frames // to
 
 
@@ -274,18 +292,18 @@ def each_frame(function: Callable[[Tensor], Tensor], x: Tensor, stream: Stream) 
 
 
 class Downsample(nn.Conv2d):
-    """Halve rows and columns with a strided convolution; average pairs of frames first where time is halved."""
+    """Halve rows and columns with a strided convolution; average pairs of frames first if time is halved."""
 
     def __init__(self, channels: int, halve_time: bool):
         super().__init__(channels, channels, 3, stride=2)
         self.halve_time = halve_time
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
         if self.halve_time and len(x) > 1:
             single = len(x) % 2
             pairs = (x[single::2] + x[single + 1 :: 2]) / 2
-            x = torch.cat([x[:single], pairs])                            # (T', B, H, W, C)
-        return each_frame(self.shrink, x, stream)                         # (T', B, H / 2, W / 2, C)
+            x = torch.cat([x[:single], pairs])  # (T', B, H, W, C)
+        return each_frame(self.shrink, x, stream)  # (T', B, H / 2, W / 2, C)
 
     def shrink(self, images: Tensor) -> Tensor:
         images = F.pad(images, (0, 0, 0, 1, 0, 1))
@@ -293,7 +311,7 @@ class Downsample(nn.Conv2d):
 
 
 # A row of the enlarged image sees two rows of the small one: which of the three taps fall on each of them.
-FOLD = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # (even or odd row, small row, tap)
+FOLD = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (even or odd row, small row, tap)
 
 
 class Upsample(nn.Conv2d):
@@ -307,12 +325,12 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3)
         self.double_time = double_time
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Tensor:
         frames = len(x)
-        x = each_frame(self.enlarge, x, stream)                           # (T, B, 2 H, 2 W, C)
+        x = each_frame(self.enlarge, x, stream)  # (T, B, 2 H, 2 W, C)
         if self.double_time and frames > 1:
             x = x[stretched(frames, 2 * frames - frames % 2).to(x.device)]
-        return x                                                          # (T', B, 2 H, 2 W, C)
+        return x  # (T', B, 2 H, 2 W, C)
 
     def enlarge(self, images: Tensor) -> Tensor:
         height, width = images.shape[1:3]
@@ -320,10 +338,10 @@ class Upsample(nn.Conv2d):
         weights = torch.einsum("pir,qjs,ocrs->pqocij", fold, fold, self.weight)
         rows = []
         for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            y = conv2d(images, weights[p, q], self.bias, padding=1)       # (B, H + 1, W + 1, C)
+            y = conv2d(images, weights[p, q], self.bias, padding=1)  # (B, H + 1, W + 1, C)
             rows.append(y[:, p : p + height, q : q + width])
-        y = torch.stack(rows, dim=-2).unflatten(-2, (2, 2))               # (B, H, W, 2, 2, C)
-        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)              # (B, 2 H, 2 W, C)
+        y = torch.stack(rows, dim=-2).unflatten(-2, (2, 2))  # (B, H, W, 2, 2, C)
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, 2 H, 2 W, C)
 
 
 # --------------------------------------------------------------------------------------------- the network
@@ -339,7 +357,7 @@ class Block(nn.Module):
         self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
-        h = self.conv1(x, stream, self.norm1(x, z, stream))               # (T, B, H, W, O)
+        h = self.conv1(x, stream, self.norm1(x, z, stream))  # (T, B, H, W, O)
         return self.conv2(h, stream, self.norm2(h, z, stream), residual=self.shortcut(x))
 
 
@@ -348,20 +366,19 @@ def make_norm(cfg: CogVideoXVAEConfig, channels: int, spatial: bool) -> Norm | S
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, and the step to the next."""
+    """Residual blocks at one resolution, and the step to the next; called one by one, to free memory."""
 
-    def __init__(
-        self, cfg: CogVideoXVAEConfig, widths: tuple[int, int], layers: int, resize: nn.Module | None, spatial: bool
-    ):
+    def __init__(self, blocks: list[Block], resize: nn.Module | None = None):
         super().__init__()
-        first, rest = widths
-        self.blocks = nn.ModuleList(Block(cfg, rest if i else first, rest, spatial) for i in range(layers))
+        self.blocks = nn.ModuleList(blocks)
         self.resize = resize
 
-    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
-        for block in self.blocks:
-            x = block(x, z, stream)
-        return x if self.resize is None else self.resize(x, stream)
+    def layers(self) -> list[nn.Module]:
+        return [*self.blocks, self.resize] if self.resize is not None else list(self.blocks)
+
+
+def make_blocks(cfg: CogVideoXVAEConfig, before: int, width: int, layers: int, spatial: bool) -> list[Block]:
+    return [Block(cfg, width if i else before, width, spatial) for i in range(layers)]
 
 
 class Encoder(nn.Module):
@@ -372,18 +389,18 @@ class Encoder(nn.Module):
         widths = cfg.widths
         self.conv_in = CausalConv(3, widths[0])
         self.levels = nn.ModuleList()
-        for i, pair in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            resize = Downsample(widths[i], cfg.halves_time(i)) if i + 1 < len(widths) else None
-            self.levels.append(Level(cfg, pair, cfg.layers, resize, spatial=False))
-        self.middle = Level(cfg, (widths[-1], widths[-1]), 2, None, spatial=False)
+        for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            resize = Downsample(width, cfg.halves_time(i)) if i + 1 < len(widths) else None
+            self.levels.append(Level(make_blocks(cfg, before, width, cfg.layers, spatial=False), resize))
+        self.middle = Level(make_blocks(cfg, widths[-1], widths[-1], 2, spatial=False))
         self.norm_out = Norm(cfg.groups, widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * cfg.latent_channels)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)                                       # (T, B, H, W, C)
-        for level in self.levels:
-            x = level(x, None, stream)
-        x = self.middle(x, None, stream)                                  # (T', B, h, w, C)
+        for level in (*self.levels, self.middle):
+            for layer in level.layers():
+                x = layer(x, None, stream)                                # (T', B, h, w, C)
         return self.conv_out(x, stream, self.norm_out(x, None, stream))
 
 
@@ -394,18 +411,19 @@ class Decoder(nn.Module):
         super().__init__()
         widths = cfg.widths[::-1]
         self.conv_in = CausalConv(cfg.latent_channels, widths[0])
-        self.middle = Level(cfg, (widths[0], widths[0]), 2, None, spatial=True)
+        self.middle = Level(make_blocks(cfg, widths[0], widths[0], 2, spatial=True))
         self.levels = nn.ModuleList()
-        for i, pair in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            resize = Upsample(widths[i], cfg.halves_time(i)) if i + 1 < len(widths) else None
-            self.levels.append(Level(cfg, pair, cfg.layers + 1, resize, spatial=True))
+        for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            resize = Upsample(width, cfg.halves_time(i)) if i + 1 < len(widths) else None
+            self.levels.append(Level(make_blocks(cfg, before, width, cfg.layers + 1, spatial=True), resize))
         self.norm_out = make_norm(cfg, widths[-1], spatial=True)
         self.conv_out = CausalConv(widths[-1], 3)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
-        x = self.middle(self.conv_in(z, stream), z, stream)               # (T', B, h, w, C)
-        for level in self.levels:
-            x = level(x, z, stream)
+        x = self.conv_in(z, stream)                                       # (T', B, h, w, C)
+        for level in (self.middle, *self.levels):
+            for layer in level.layers():
+                x = layer(x, z, stream)                                   # (T, B, H, W, C)
         return self.conv_out(x, stream, self.norm_out(x, z, stream))      # (T, B, H, W, 3)
 
 
@@ -422,7 +440,7 @@ class Tiles(NamedTuple):
 class CogVideoXVAE(nn.Module):
     """Encodes clips to latents and decodes them, a few frames at a time.
 
-    When parameters or input need gradients all activations are kept; otherwise memory does not grow with time.
+    With gradients all activations are kept; otherwise memory does not grow with time.
     """
 
     def __init__(self, cfg: CogVideoXVAEConfig):
@@ -446,7 +464,7 @@ class CogVideoXVAE(nn.Module):
         return self.cfg.latent_channels
 
     def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): the posterior's mean, or a sample.
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
 
         T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
         """
@@ -461,7 +479,9 @@ class CogVideoXVAE(nn.Module):
         frames, height, width = clip.shape[2:]
         ratio, space = self.temporal_ratio, self.spatial_ratio
         if (frames - 1) % ratio:
-            raise ValueError(f"a clip of {frames} frames: the VAE takes {ratio} k + 1, such as {4 * ratio + 1}")
+            raise ValueError(
+                f"a clip of {frames} frames: the VAE takes {ratio} k + 1, such as {4 * ratio + 1}"
+            )
         if height % space or width % space:
             raise ValueError(f"a clip of {width} x {height} pixels: the VAE takes multiples of {space}")
         mean, logvar = self.in_tiles(self.encode_tile, clip, of=space, to=1).chunk(2, dim=1)
@@ -504,7 +524,7 @@ class CogVideoXVAE(nn.Module):
     def set_tiles(
         self, height: int, width: int, overlap_height: float = 1 / 6, overlap_width: float = 1 / 5
     ) -> None:
-        """Size of the tiles in pixels, rounded down to whole latents, and the parts blended into the next tile.
+        """Size of the tiles in pixels, rounded down to whole latents, and the parts blended into the next.
 
         Used while `tiling` is true. A tile has its own statistics, so results differ a little from the whole.
         """
@@ -512,7 +532,7 @@ class CogVideoXVAE(nn.Module):
         self.tiles = Tiles(rows, columns, int(rows * overlap_height), int(columns * overlap_width))
 
     def in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, of: int, to: int) -> Tensor:
-        """Apply a function to the tiles of x (B, C, T, H, W); a latent is `of` wide in x and `to` in the result."""
+        """Apply a function to the tiles of x (B, C, T, H, W); a latent is `of` wide in x, `to` in the result."""
         tiles, (height, width) = self.tiles, x.shape[3:]
         if not self.tiling or (height <= tiles.height * of and width <= tiles.width * of):
             return function(x)

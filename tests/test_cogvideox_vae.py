@@ -43,7 +43,7 @@ def test_both_ways_equal_diffusers_however_time_is_cut(both, frames, tiled):
     posterior = stock.encode(clip).latent_dist
     latents = vae.encode(clip)
     assert relative_error(latents, 0.7 * posterior.mean) <= 1e-5
-    # Of an even number of latents diffusers decodes a whole group for the first; its last frame is the clip's.
+    # Of an even number of latents diffusers decodes a whole group for the first; its last frame is the clip.
     decoded = stock.decode(posterior.mean).sample[:, :, -frames:]
     assert relative_error(vae.decode(latents), decoded) <= 1e-5
 
