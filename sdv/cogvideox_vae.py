@@ -532,7 +532,7 @@ class CogVideoXVAE(nn.Module):
         self.tiles = Tiles(rows, columns, int(rows * overlap_height), int(columns * overlap_width))
 
     def in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, of: int, to: int) -> Tensor:
-        """Apply a function to the tiles of x (B, C, T, H, W); a latent is `of` wide in x, `to` in the result."""
+        """Apply a function to tiles of x (B, C, T, H, W); a latent is `of` wide in x, `to` in the result."""
         tiles, (height, width) = self.tiles, x.shape[3:]
         if not self.tiling or (height <= tiles.height * of and width <= tiles.width * of):
             return function(x)
