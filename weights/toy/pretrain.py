@@ -88,17 +88,23 @@ TOY = Path(__file__).resolve().parent
 
 
 def begin(cfg: Config) -> None:
-    """Write weights/toy anew: random weights and a vocabulary of the captions. Not where a run has begun."""
+    """Write configs and a vocabulary of the captions, and forget all weights. Not where a run has begun."""
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
     tiny.create(TOY, CONFIGS, tiny.train_vocabulary(captions(5000, FRAMES), 256))
-    save_part("vae", prepare(load_part("vae")))
+    for part in open_backbone(TOY).parts.values():
+        (TOY / part.folder / part.file).unlink()
 
 
 def load_part(name: str) -> nn.Module:
-    """One network of weights/toy in fp32, to be trained."""
-    part = getattr(load_backbone(TOY, parts=(name,)), name)
-    return part.get_submodule(open_backbone(TOY).parts[name].root).requires_grad_(True)
+    """One network of weights/toy in fp32, to be trained; random where the folder has no weights of it yet."""
+    part = open_backbone(TOY).parts[name]
+    if (TOY / part.folder / part.file).is_file():
+        module = getattr(load_backbone(TOY, parts=(name,)), name)
+        return module.get_submodule(part.root).requires_grad_(True)
+    torch.manual_seed(0)
+    module = part.build().get_submodule(part.root)
+    return prepare(module) if name == "vae" else module
 
 
 def save_part(name: str, module: nn.Module) -> None:
@@ -232,7 +238,7 @@ def lone_frames(vae: CogVideoXVAE) -> CogVideoXVAE:
     """
 
     def forward(conv: CausalConv, x: Tensor, stream, affine=None, residual: Tensor | None = None) -> Tensor:
-        band = x[0] if affine is None else affine.activate(x, 0, x.shape[2])[0]
+        band = x[0] if affine is None else affine.activate(x, slice(1), 0, x.shape[2])[0]
         y = conv2d(band, conv.weight[:, :, 2], conv.bias, padding=1)[None]  # (1, B, H, W, O)
         return y if residual is None else y + residual
 
