@@ -1,6 +1,6 @@
 """One LoRA training step of the transformer, ours beside diffusers + peft, on this machine's CPU.
 
-    python benchmarks/dit.py            # prints a table and writes benchmarks/dit.csv
+    python -m benchmarks.dit            # prints a table and writes benchmarks/dit.csv
 
 Full width (48 x 64 heads, 226 text tokens), two of the 42 layers, random weights, rank 128, the reference as
 one clean frame before a one-frame target: what an identity step does, at 240 x 368. The two take turns in
@@ -90,7 +90,8 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         turns = {"ours": [], "diffusers": []}
         for who in ("ours", "diffusers") * args.pairs:
-            command = [sys.executable, __file__, "--child", who, dtype, "--repeats", str(args.repeats)]
+            command = [sys.executable, "-m", "benchmarks.dit", "--child", who, dtype]
+            command += ["--repeats", str(args.repeats)]
             turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
         for field in ("seconds", "gigabytes"):
             a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))

@@ -1,6 +1,6 @@
 """The full-size CogVideoX VAE (215,583,907 random parameters) beside diffusers' on this machine's CPU.
 
-    python benchmarks/vae.py            # prints a table and writes benchmarks/vae.csv
+    python -m benchmarks.vae            # prints a table and writes benchmarks/vae.csv
 
 17 frames of 240 x 360, both ways. The two take turns in processes of their own; ratios are pair by pair.
 Memory is what the process grows by while it works, weights not counted.
@@ -70,7 +70,7 @@ def main() -> None:
             for what in ("encode", "decode"):
                 turns = {"ours": [], "diffusers": []}
                 for who in ("ours", "diffusers") * args.pairs:
-                    command = [sys.executable, __file__, "--child", who, what, dtype]
+                    command = [sys.executable, "-m", "benchmarks.vae", "--child", who, what, dtype]
                     turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
                 for field in ("seconds", "gigabytes"):
                     a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))
