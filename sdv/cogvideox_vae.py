@@ -1,22 +1,22 @@
 """CogVideoX's causal 3-D VAE: 4 x 8 x 8 pixels to one latent, as a stream of short chunks of frames.
 
-Inside, activations are time first and channels last, (T, B, H, W, C): a run of frames is one block of memory.
-Without gradients every layer works on bands of rows small enough for the cache, so that normalised, activated
-and padded copies of a whole clip never exist, and a block adds its result to its input in place.
+Inside, activations are time first and channels last, (T, B, H, W, C). Norms span the frames of a chunk, so
+the cut into chunks is part of what the network computes. A norm only finds scale and shift; the convolution
+after it applies them to a band of rows at a time (causal_conv.py).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdv.causal_conv import CausalConv, Stream, bands, conv2d
+
 ENCODE_FRAMES = 8  # frames that are encoded together, and share the statistics of their norms
 DECODE_FRAMES = 2  # latent frames that are decoded together
-BAND_BYTES = 2**21  # size of a band of rows of one frame in float32
 
 
 @dataclass(frozen=True)
@@ -50,153 +50,6 @@ class CogVideoXVAEConfig:
         return 2**level < self.temporal_ratio
 
 
-@dataclass
-class Stream:
-    """What a chunk of frames remembers of the one before it: two input frames of every convolution."""
-
-    lean: bool  # no gradients: work in bands, overwrite
-    last: bool = False  # nothing follows, so nothing needs to be remembered
-    past: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-
-def chunks(frames: int, size: int) -> list[tuple[int, int]]:
-    """Cut frames into runs of `size`; the first run takes the remainder as well."""
-    starts = [0, *range(frames % size + size, frames, size)]
-    return list(zip(starts, [*starts[1:], frames], strict=True))
-
-
-# ------------------------------------------------------------------------------------- convolution in time
-def toom_cook(outputs: int, points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices for `outputs` values of a three-tap filter g: y = after @ ((taps @ g) * (before @ d)).
-
-    The transpose of multiplying polynomials by their values at `points` and infinity (Toom, Cook; Winograd):
-    outputs + 2 products where the direct way takes 3 * outputs.
-    """
-
-    def values(degree: int) -> Tensor:
-        rows = [[p**k for k in range(degree)] for p in points]
-        return torch.tensor([*rows, [0.0] * (degree - 1) + [1.0]], dtype=torch.float64)
-
-    return torch.linalg.inv(values(outputs + 2)).T, values(3), values(outputs).T
-
-
-# Points chosen for small rounding errors. 1 comes first: its product has weight 1 in all outputs, as a bias.
-TILINGS = {
-    4: toom_cook(4, (1.0, -1.0, 0.0, 0.5, -2.0)),
-    2: toom_cook(2, (1.0, -1.0, 0.0)),
-    1: (torch.eye(3), torch.eye(3), torch.ones(1, 3)),
-}
-
-
-class TiledFilter:
-    """A 3x3x3 filter made ready for `size` frames at a time."""
-
-    def __init__(self, weight: Tensor, size: int):
-        before, taps, after = (matrix.to(weight) for matrix in TILINGS[size])
-        self.before, self.after = before, after
-        filters = torch.einsum("st,oithw->sohwi", taps, weight).contiguous()
-        self.filters = filters.permute(0, 1, 4, 2, 3)  # (size + 2, O, C, 3, 3)
-
-    def __call__(self, window: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-        """Frames (size + 2, B, H, W, C) -> (size, B, H', W', O)."""
-        mixed = (self.before @ window.flatten(1)).view(window.shape)
-        biases = [bias] + [None] * (len(mixed) - 1)
-        products = torch.stack(
-            [
-                conv2d(frame, weight, bias, padding=padding)
-                for frame, weight, bias in zip(mixed, self.filters, biases, strict=True)
-            ]
-        )  # (size + 2, B, H', W', O)
-        return (self.after @ products.flatten(1)).unflatten(1, products.shape[1:])
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tensor:
-    """2-D convolution of images (B, H, W, C)."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **how).permute(0, 2, 3, 1)
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    """3-D convolution of frames (T + 2, B, H, W, C), valid in time."""
-    y = F.conv3d(x.permute(1, 4, 0, 2, 3), weight, bias, padding=(0, *padding))
-    return y.permute(2, 0, 3, 4, 1)  # (T, B, H', W', O)
-
-
-def bands(x: Tensor, stream: Stream) -> Iterator[tuple[int, int]]:
-    """Cut the rows of (T, B, H, W, C) into bands; one band, all rows, where gradients need whole tensors."""
-    rows = x.shape[2]
-    height = max(8, BAND_BYTES // (4 * x[0, :, 0].numel())) if stream.lean else rows
-    for top in range(0, rows, height):
-        yield top, min(top + height, rows)
-
-
-class CausalConv(nn.Conv3d):
-    """3x3x3 convolution of a frame and the two before it; before a clip lie copies of its first frame."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3)
-
-    def forward(
-        self, x: Tensor, stream: Stream, affine: "Affine | None" = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """Convolve x (T, B, H, W, C), or its silu(affine(x)), and add the residual (T, B, H, W, O).
-
-        In a lean stream the sum is written into the residual.
-        """
-        past = stream.past.pop(self, None)  # (2, B, H, W, C), activated
-        future = None if stream.last else x.new_empty(2, *x.shape[1:])
-        plan = self.plan(len(x))
-        if stream.lean:
-            out = x.new_empty(*x.shape[:-1], self.out_channels) if residual is None else residual
-            for top, bottom in bands(out, stream):
-                for frames, y in self.band(x, affine, past, future, plan, top, bottom):
-                    place = out[frames, :, top:bottom]
-                    place.copy_(y) if residual is None else place.add_(y)
-        else:
-            out = torch.cat([y for _, y in self.band(x, affine, past, future, plan, 0, x.shape[2])])
-            out = out if residual is None else out + residual
-        if future is not None:
-            stream.past[self] = future
-        return out  # (T, B, H, W, O)
-
-    def plan(self, frames: int) -> list[tuple[slice, Callable]]:
-        """Cut T frames into runs, each with the function that convolves it."""
-        if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.float32, torch.float64):
-            return [(slice(0, frames), partial(conv3d, weight=self.weight))]
-        plan, start, filters = [], 0, {}
-        for size in TILINGS:
-            while frames - start >= size:
-                if size not in filters:
-                    filters[size] = TiledFilter(self.weight, size)
-                plan.append((slice(start, start + size), filters[size]))
-                start += size
-        return plan
-
-    def band(
-        self,
-        x: Tensor,
-        affine: "Affine | None",
-        past: Tensor | None,
-        future: Tensor | None,
-        plan: list[tuple[slice, Callable]],
-        top: int,
-        bottom: int,
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Rows top..bottom of the result, run by run (T', B, R, W, O); the last two inputs go to `future`."""
-        low, high = max(top - 1, 0), min(bottom + 1, x.shape[2])  # a halo of one row
-        whole = bottom - top == x.shape[2]
-        before = None if past is None else past[:, :, low:high]
-        for frames, function in plan:
-            h = x[frames, :, low:high] if affine is None else affine.activate(x, frames, low, high)
-            before = h[:1].expand(2, -1, -1, -1, -1) if before is None else before
-            h = torch.cat([before, h])  # (T' + 2, B, R + 2, W, C)
-            before = h[-2:]
-            if not whole:
-                h = F.pad(h, (0, 0, 0, 0, int(low == top), int(high == bottom)))
-            yield frames, function(h, bias=self.bias, padding=(int(whole), 1))
-        if future is not None:
-            future[:, :, top:bottom] = before[:, :, top - low : bottom - low]
-
-
 class Pointwise(nn.Conv3d):
     """1x1x1 convolution of (..., C)."""
 
@@ -219,9 +72,38 @@ class Affine(NamedTuple):
         cells, columns = self.scale.shape[2:4]
         rows = torch.arange(low, high, device=x.device) // (x.shape[2] // cells)
         scale, shift = (each[frames, :, rows, :, None] for each in self)  # (T', B, R, w, 1, C)
-        band = x[frames, :, low:high].unflatten(3, (columns, -1))  # (T', B, R, w, W / w, C)
+        band = x[frames, :, low:high].unflatten(3, (columns, -1))         # (T', B, R, w, W / w, C)
         band = torch.addcmul(shift, band.to(scale.dtype), scale)
-        return F.silu(band).flatten(3, 4).to(x.dtype)  # (T, B, R, W, C)
+        return F.silu(band).flatten(3, 4).to(x.dtype)                     # (T, B, R, W, C)
+
+
+class Moments(torch.autograd.Function):
+    """Mean and variance (B, G), in float32, of groups of channels of x (T, B, H, W, C), read twice.
+
+    The gradient is linear in x: one pass, where autograd would keep and read several copies of x.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        def per_group(channels: Tensor) -> Tensor:
+            return channels.unflatten(-1, (groups, -1)).mean(-1)          # (B, G)
+
+        places, batch, width = x[:, 0, :, :, 0].numel(), *x.shape[1::3]
+        mean = per_group(x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32)))
+        centre = mean.repeat_interleave(width // groups, 1).view(batch, 1, 1, width)
+        squares = sum((x[:, :, top:bottom] - centre).square().sum((0, 2, 3)) for top, bottom in bands(x))
+        ctx.save_for_backward(x, mean)
+        return mean, per_group(squares / places)
+
+    @staticmethod
+    def backward(ctx, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        count = x.numel() / mean.numel()
+        slope = 2 * dvar / count
+        offset = dmean / count - slope * mean
+        size = x.shape[-1] // mean.shape[1]
+        slope, offset = (g.repeat_interleave(size, 1)[:, None, None] for g in (slope, offset))
+        return torch.addcmul(offset, x.to(mean.dtype), slope).to(x.dtype), None
 
 
 class Norm(nn.GroupNorm):
@@ -230,23 +112,12 @@ class Norm(nn.GroupNorm):
     def __init__(self, groups: int, channels: int):
         super().__init__(groups, channels, eps=1e-6)
 
-    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Affine:
-        accurate = torch.promote_types(x.dtype, torch.float32)
-        over = (0, 2, 3)
-        mean = x.mean(over, dtype=accurate)  # (B, C)
-        mean = self.spread(mean.unflatten(-1, (self.num_groups, -1)).mean(-1, keepdim=True))
-        var = (
-            sum((x[:, :, top:bottom] - mean).square().sum(over) for top, bottom in bands(x, stream))
-            / x[:, 0, :, :, 0].numel()
-        )  # (B, C)
-        var = self.spread(var.unflatten(-1, (self.num_groups, -1)).mean(-1, keepdim=True))
-        scale = self.weight * torch.rsqrt(var + self.eps)  # (1, B, 1, 1, C)
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Affine:
+        size = self.num_channels // self.num_groups
+        mean, var = (m.repeat_interleave(size, 1)[:, None, None] for m in Moments.apply(x, self.num_groups))
+        scale = self.weight * torch.rsqrt(var + self.eps)                 # (B, 1, 1, C)
         shift = self.bias - mean * scale
-        return Affine(scale.expand(len(x), -1, -1, -1, -1), shift.expand(len(x), -1, -1, -1, -1))
-
-    def spread(self, groups: Tensor) -> Tensor:
-        """(B, G, 1) -> (1, B, 1, 1, C)."""
-        return groups.expand(-1, -1, self.num_channels // self.num_groups).flatten(1)[None, :, None, None]
+        return Affine(*(each.expand(len(x), -1, -1, -1, -1) for each in (scale, shift)))
 
 
 class SpatialNorm(nn.Module):
@@ -261,12 +132,12 @@ class SpatialNorm(nn.Module):
         self.scale = Pointwise(latent_channels, channels)
         self.shift = Pointwise(latent_channels, channels)
 
-    def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Affine:
-        norm = self.norm(x, None, stream)
-        scale = self.scale(z).to(norm.scale.dtype)  # (T', B, h, w, C)
+    def forward(self, x: Tensor, z: Tensor) -> Affine:
+        norm = self.norm(x)
+        scale = self.scale(z).to(norm.scale.dtype)                        # (T', B, h, w, C)
         shift = norm.shift[0] * scale + self.shift(z)
         frames = stretched(len(z), len(x)).to(x.device)
-        return Affine((norm.scale[0] * scale)[frames], shift[frames])  # (T, B, h, w, C)
+        return Affine((norm.scale[0] * scale)[frames], shift[frames])     # (T, B, h, w, C)
 
 
 def stretched(frames: int, to: int) -> Tensor:
@@ -301,9 +172,9 @@ class Downsample(nn.Conv2d):
     def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
         if self.halve_time and len(x) > 1:
             single = len(x) % 2
-            pairs = (x[single::2] + x[single + 1 :: 2]) / 2
-            x = torch.cat([x[:single], pairs])  # (T', B, H, W, C)
-        return each_frame(self.shrink, x, stream)  # (T', B, H / 2, W / 2, C)
+            pairs = torch.lerp(x[single::2], x[single + 1 :: 2], 0.5)
+            x = torch.cat([x[:single], pairs])                            # (T', B, H, W, C)
+        return each_frame(self.shrink, x, stream)                         # (T', B, H / 2, W / 2, C)
 
     def shrink(self, images: Tensor) -> Tensor:
         images = F.pad(images, (0, 0, 0, 1, 0, 1))
@@ -327,10 +198,10 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Tensor:
         frames = len(x)
-        x = each_frame(self.enlarge, x, stream)  # (T, B, 2 H, 2 W, C)
+        x = each_frame(self.enlarge, x, stream)                           # (T, B, 2 H, 2 W, C)
         if self.double_time and frames > 1:
             x = x[stretched(frames, 2 * frames - frames % 2).to(x.device)]
-        return x  # (T', B, 2 H, 2 W, C)
+        return x                                                          # (T', B, 2 H, 2 W, C)
 
     def enlarge(self, images: Tensor) -> Tensor:
         height, width = images.shape[1:3]
@@ -338,10 +209,10 @@ class Upsample(nn.Conv2d):
         weights = torch.einsum("pir,qjs,ocrs->pqocij", fold, fold, self.weight)
         rows = []
         for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            y = conv2d(images, weights[p, q], self.bias, padding=1)  # (B, H + 1, W + 1, C)
+            y = conv2d(images, weights[p, q], self.bias, padding=1)       # (B, H + 1, W + 1, C)
             rows.append(y[:, p : p + height, q : q + width])
-        y = torch.stack(rows, dim=-2).unflatten(-2, (2, 2))  # (B, H, W, 2, 2, C)
-        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, 2 H, 2 W, C)
+        y = torch.stack(rows, dim=-2).unflatten(-2, (2, 2))               # (B, H, W, 2, 2, C)
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)              # (B, 2 H, 2 W, C)
 
 
 # --------------------------------------------------------------------------------------------- the network
@@ -357,8 +228,8 @@ class Block(nn.Module):
         self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
-        h = self.conv1(x, stream, self.norm1(x, z, stream))  # (T, B, H, W, O)
-        return self.conv2(h, stream, self.norm2(h, z, stream), residual=self.shortcut(x))
+        h = self.conv1(x, stream, self.norm1(x, z))               # (T, B, H, W, O)
+        return self.conv2(h, stream, self.norm2(h, z), residual=self.shortcut(x))
 
 
 def make_norm(cfg: CogVideoXVAEConfig, channels: int, spatial: bool) -> Norm | SpatialNorm:
@@ -401,7 +272,7 @@ class Encoder(nn.Module):
         for level in (*self.levels, self.middle):
             for layer in level.layers():
                 x = layer(x, None, stream)                                # (T', B, h, w, C)
-        return self.conv_out(x, stream, self.norm_out(x, None, stream))
+        return self.conv_out(x, stream, self.norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -424,10 +295,16 @@ class Decoder(nn.Module):
         for level in (self.middle, *self.levels):
             for layer in level.layers():
                 x = layer(x, z, stream)                                   # (T, B, H, W, C)
-        return self.conv_out(x, stream, self.norm_out(x, z, stream))      # (T, B, H, W, 3)
+        return self.conv_out(x, stream, self.norm_out(x, z))      # (T, B, H, W, 3)
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
+def chunks(frames: int, size: int) -> list[tuple[int, int]]:
+    """Cut frames into runs of `size`; the first run takes the remainder as well."""
+    starts = [0, *range(frames % size + size, frames, size)]
+    return list(zip(starts, [*starts[1:], frames], strict=True))
+
+
 class Tiles(NamedTuple):
     """Tiles of a frame and how far they overlap, in latents."""
 

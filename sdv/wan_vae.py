@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdv.causal_conv import CausalConv, Stream, conv2d
 from sdv.cogvideox_vae import (
-    CausalConv,
     CogVideoXVAE,
     Downsample,
     Pointwise,
-    Stream,
     Upsample,
-    conv2d,
     each_frame,
 )
 

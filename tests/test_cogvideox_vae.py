@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import relative_error
 
+from sdv import causal_conv
 from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from weights.cogvideox import VAE_NAMES, vae_config
 from weights.tensors import load_into, read_json, rename
@@ -17,12 +18,14 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def write_and_load(folder, **changes):
+    """A random VAE of diffusers', and ours loaded from the files it wrote."""
     diffusers = pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
-    stock = diffusers.AutoencoderKLCogVideoX(**TINY).eval()
+    levels = len(changes.get("block_out_channels", TINY["block_out_channels"]))
+    types = {"down_block_types": ("CogVideoXDownBlock3D",) * levels}
+    types["up_block_types"] = ("CogVideoXUpBlock3D",) * levels
+    stock = diffusers.AutoencoderKLCogVideoX(**TINY | types | changes).eval()
     for parameter in stock.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     stock.save_pretrained(folder)
@@ -32,28 +35,83 @@ def both(tmp_path_factory):
     return stock, vae.eval()
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return write_and_load(tmp_path_factory.mktemp("vae"))
+
+
+def random_clip(batch, frames, height, width):
+    return torch.rand(batch, 3, frames, height, width) * 2 - 1
+
+
+def both_ways(stock, vae, clip):
+    """Relative errors of the latents and of the decoded clip, beside diffusers'."""
+    posterior = stock.encode(clip).latent_dist
+    latents = vae.encode(clip)
+    # Of an even number of latents diffusers decodes a whole group for the first; its last frame is the clip.
+    decoded = stock.decode(posterior.mean).sample[:, :, -clip.shape[2] :]
+    scaling = stock.config.scaling_factor
+    return relative_error(latents, scaling * posterior.mean), relative_error(vae.decode(latents), decoded)
+
+
+# ── Beside diffusers ────────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("frames", [1, 5, 9, 13, 17])
 @torch.no_grad()
-def test_both_ways_equal_diffusers_however_time_is_cut(both, frames, tiled):
+def test_both_ways_equal_diffusers_however_time_is_cut(both, frames, tiled, monkeypatch):
     stock, vae = both
-    vae.tiling = tiled
+    monkeypatch.setattr(vae, "tiling", tiled)
     stock.enable_tiling() if tiled else stock.disable_tiling()
-    clip = torch.rand(2, 3, frames, 72, 112) * 2 - 1  # two tiles by two, of 48 x 80
-    posterior = stock.encode(clip).latent_dist
-    latents = vae.encode(clip)
-    assert relative_error(latents, 0.7 * posterior.mean) <= 1e-5
-    # Of an even number of latents diffusers decodes a whole group for the first; its last frame is the clip.
-    decoded = stock.decode(posterior.mean).sample[:, :, -frames:]
-    assert relative_error(vae.decode(latents), decoded) <= 1e-5
+    clip = random_clip(2, frames, 72, 112)  # two tiles by two, of 48 x 80
+    encoded, decoded = both_ways(stock, vae, clip)
+    stock.disable_tiling()
+    assert encoded <= 1e-5
+    assert decoded <= 1e-5
+
+
+@torch.no_grad()
+def test_tiles_of_other_sizes_equal_diffusers(both, monkeypatch):
+    stock, vae = both
+    tiles = 64, 32, 1 / 4, 1 / 2
+    stock.enable_tiling(*tiles)
+    vae.set_tiles(*tiles)
+    monkeypatch.setattr(vae, "tiling", True)
+    encoded, decoded = both_ways(stock, vae, random_clip(1, 5, 72, 56))  # the last tiles are slivers
+    stock.disable_tiling()
+    vae.set_tiles(48, 80)
+    assert encoded <= 1e-5
+    assert decoded <= 1e-5
+
+
+@torch.no_grad()
+def test_bands_of_rows_equal_diffusers_too(both, monkeypatch):
+    monkeypatch.setattr(causal_conv, "BAND_BYTES", 1)  # bands of eight rows everywhere
+    encoded, decoded = both_ways(*both, random_clip(1, 17, 72, 40))
+    assert encoded <= 1e-5
+    assert decoded <= 1e-5
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+@torch.no_grad()
+def test_other_shapes_of_network_equal_diffusers(ratio, tmp_path):
+    stock, vae = write_and_load(
+        tmp_path,
+        block_out_channels=(8, 24, 16),
+        layers_per_block=2,
+        norm_num_groups=8,
+        temporal_compression_ratio=ratio,
+    )
+    encoded, decoded = both_ways(stock, vae, random_clip(1, 4 * ratio + 1, 16, 24))
+    assert encoded <= 1e-5
+    assert decoded <= 1e-5
 
 
 @torch.no_grad()
 def test_a_sample_equals_diffusers_with_the_same_noise(both):
     stock, vae = both
-    vae.tiling = False
-    stock.disable_tiling()
-    clip = torch.rand(1, 3, 5, 64, 64) * 2 - 1
+    clip = random_clip(1, 5, 64, 64)
     ours = vae.encode(clip, rng=torch.Generator().manual_seed(3))
     theirs = stock.encode(clip).latent_dist.sample(torch.Generator().manual_seed(3))
     assert relative_error(ours, 0.7 * theirs) <= 1e-5
@@ -61,13 +119,12 @@ def test_a_sample_equals_diffusers_with_the_same_noise(both):
 
 def test_with_gradients_the_numbers_are_the_same_and_equal_diffusers_gradients(both):
     stock, vae = both
-    vae.tiling = False
-    stock.disable_tiling()
-    clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
-    mean = vae.requires_grad_(True).posterior(clip)[0]
-    vae.decode(mean * 0.7).square().mean().backward()
+    clip = random_clip(1, 17, 24, 32)
+    mean, logvar = vae.requires_grad_(True).posterior(clip)
+    (vae.decode(mean * 0.7).square().mean() + logvar.square().mean()).backward()
     found = {name: p.grad for name, p in vae.named_parameters()}
-    stock.decode(stock.encode(clip).latent_dist.mean).sample.square().mean().backward()
+    posterior = stock.encode(clip).latent_dist
+    (stock.decode(posterior.mean).sample.square().mean() + posterior.logvar.square().mean()).backward()
     vae.requires_grad_(False)
     with torch.no_grad():
         assert relative_error(vae.posterior(clip)[0], mean.detach()) <= 1e-5
@@ -75,14 +132,26 @@ def test_with_gradients_the_numbers_are_the_same_and_equal_diffusers_gradients(b
         assert relative_error(found[rename(theirs, VAE_NAMES)], parameter.grad) <= 1e-3, theirs
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
-def test_other_temporal_ratios(ratio):
-    vae = CogVideoXVAE(CogVideoXVAEConfig((8, 16, 16), 1, 4, 4, ratio))
-    clip = torch.rand(1, 3, 4 * ratio + 1, 16, 24)
-    with torch.no_grad():
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_float64_as_diffusers(both):
+    """Summed over clips: for one clip either side may be a tenth closer."""
+    stock, vae = both
+    errors = torch.zeros(2, 2)  # encoding and decoding, ours and diffusers'
+    for _ in range(4):
+        clip = random_clip(1, 17, 64, 64).bfloat16()
+        stock.bfloat16(), vae.bfloat16()
         latents = vae.encode(clip)
-        assert latents.shape == (1, 4, 5, 4, 6)
-        assert vae.decode(latents).shape == clip.shape
+        decoded = vae.decode(latents), stock.decode(latents / 0.7).sample
+        encoded = latents, stock.encode(clip).latent_dist.mean * 0.7
+        vae.double()
+        truth, exact = vae.encode(clip.double()), vae.decode(latents.double())
+        errors[0] += torch.tensor([relative_error(each, truth) for each in encoded])
+        errors[1] += torch.tensor([relative_error(each, exact) for each in decoded])
+    stock.float(), vae.float()
+    assert (errors[:, 0] <= 1.1 * errors[:, 1]).all(), errors
+
+
+# ── Ours alone ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_5b_vae_has_its_published_size():

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdv import metrics, world
-from sdv.cogvideox_vae import Block, CausalConv, CogVideoXVAE, conv2d
+from sdv.causal_conv import CausalConv, conv2d
+from sdv.cogvideox_vae import Block, CogVideoXVAE
 from sdv.media import from_uint8, write_image
 from sdv.seeds import generator
 from sdv.settings import parse
@@ -237,8 +238,8 @@ def lone_frames(vae: CogVideoXVAE) -> CogVideoXVAE:
     The other two taps start at zero and stay there: the finished VAE codes every frame of a clip by itself.
     """
 
-    def forward(conv: CausalConv, x: Tensor, stream, affine=None, residual: Tensor | None = None) -> Tensor:
-        band = x[0] if affine is None else affine.activate(x, slice(1), 0, x.shape[2])[0]
+    def forward(conv: CausalConv, x: Tensor, stream, act=None, residual: Tensor | None = None) -> Tensor:
+        band = x[0] if act is None else act.activate(x, slice(1), 0, x.shape[2])[0]
         y = conv2d(band, conv.weight[:, :, 2], conv.bias, padding=1)[None]  # (1, B, H, W, O)
         return y if residual is None else y + residual
 
