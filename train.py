@@ -33,10 +33,20 @@ from tqdm import tqdm
 import sample
 import weights
 from sdv import diagnostics, diagnostics_report
+from sdv.cache import Cache, Cached, Networks
 from sdv.data import Clips, Pairs, Rows, batches, check_size
-from sdv.lora import add_lora, lora_modules, lora_parameters
+from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
-from sdv.objectives import Losses, Pair, Schedule, denoising_loss, keep_tokens, random_frame
+from sdv.objectives import (
+    Draws,
+    Losses,
+    Pair,
+    Schedule,
+    denoising_loss,
+    draws_of,
+    keep_tokens,
+    random_frame,
+)
 from sdv.positions import place_reference
 from sdv.seeds import generator
 from sdv.settings import parse, run
@@ -66,11 +76,14 @@ class Config:
     window: Literal["first", "random"] = "first"  # the part of a long clip (paper: first)
     workers: int = 2  # processes that decode ahead
     verify: int = 64  # rows of each folder decoded before the start; all: python -m sdv.data check
+    cache: str = ""  # folder for latents and text states, encoded once; none: encoded in every step
+    cache_frames: int = 0  # frames of a clip that can be its reference, where there is a cache; 0: all
     # adapter
     rank: int = 128  # (paper: 128)
     alpha: float = 64.0  # scale = alpha / rank (paper: 64)
     lora_dropout: float = 0.0  # on the input of A (paper's text: 0.2; released code: none)
     targets: tuple[str, ...] = ()  # layers, by the end of their path; the model's own list if not given
+    lora_tokens: Literal["all", "ref"] = "all"  # what it acts on (released code: all; text: the subject)
     adapter: str = ""  # start from this LoRA file, with its rank and alpha, instead of from B = 0
     # optimisation
     steps: int = 4000  # (paper: 4,000)
@@ -110,28 +123,28 @@ class Config:
 class Encoders(NamedTuple):
     """The frozen eyes and ears: pixels and prompts to what the transformer sees."""
 
-    video: Callable[[Tensor], Tensor]  # clip (B, 3, T, H, W) -> latents (B, C, T', H', W')
+    video: Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W), or latents already, to (B, C, T', H', W')
     text: Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
     ref_tokens: int  # tokens of one reference
 
 
-def identity_pair(batch: dict, enc: Encoders, cfg: Config, rng: torch.Generator) -> Pair:
+def identity_pair(batch: dict, enc: Encoders, cfg: Config, draws: Draws) -> Pair:
     """Identity injection (eq. 1): look at one picture of a subject, denoise another as a one-frame video."""
     return Pair(
         target=enc.video(batch["target"][:, :, None]),
         ref=enc.video(batch["ref"][:, :, None]),
         text=enc.text(batch["prompt"]),  # describes the target; the data put <cls> before it
-        keep=keep_tokens(enc.ref_tokens, "whole", cfg.view_drop, rng),  # all of them, in the paper's recipe
+        keep=keep_tokens(enc.ref_tokens, "whole", cfg.view_drop, draws.shared),  # all, in the paper's recipe
     )
 
 
-def motion_pair(batch: dict, enc: Encoders, cfg: Config, rng: torch.Generator) -> Pair:
+def motion_pair(batch: dict, enc: Encoders, cfg: Config, draws: Draws) -> Pair:
     """Motion preservation (eq. 2): look at one frame of an arbitrary clip, denoise the whole clip."""
-    clip = batch["clip"]
+    clip, frames = batch["clip"], batch.get("frames", batch["clip"])  # a cache has each frame's own latent
     # A fixed frame would teach the model to paste: the answer would always begin with what it was shown.
-    ref = random_frame(clip, rng) if cfg.ref_frame == "random" else clip[:, :, :1]
+    ref = random_frame(frames, draws) if cfg.ref_frame == "random" else frames[:, :, :1]
     # A reference that is often missing keeps text-to-video alive: motion must come from the prompt.
-    keep = keep_tokens(enc.ref_tokens, cfg.dropout, cfg.p_drop, rng)
+    keep = keep_tokens(enc.ref_tokens, cfg.dropout, cfg.p_drop, draws.shared)
     return Pair(target=enc.video(clip), ref=enc.video(ref), text=enc.text(batch["prompt"]), keep=keep)
 
 
@@ -155,15 +168,16 @@ def probe_losses(
             n, p = i % cfg.probe_batches, cfg.p_drop
             p = int((n + 1) * p) - int(n * p) if cfg.dropout == "whole" else p
             recipe = dataclasses.replace(cfg, view_drop=0.0, p_drop=p)
-            draw = partial(generator, 0, PROBE, kind, i)  # not of the run's seed, so that runs compare
-            pair = PAIR_OF[task](batch, enc, recipe, draw(0))
-            losses.append(lambda pair=pair, draw=draw: denoising_loss(dit, schedule, pair, draw(1)).value)
+            key = 0, PROBE, kind, i  # not of the run's seed, so that runs compare
+            draw = partial(draws_of, key, [(*key, k) for k in range(size[task])])
+            pair = PAIR_OF[task](batch, enc, recipe, draw())
+            losses.append(lambda pair=pair, draw=draw: denoising_loss(dit, schedule, pair, draw()).value)
     return losses
 
 
 PAIR_OF = {"identity": identity_pair, "motion": motion_pair}
-COIN, DRAWS = range(2)  # the second number of a seed says what is drawn from it
-PROBE = 4  # 2 and 3 are sdv.data's
+COIN, SAMPLE = range(2)  # the second number of a seed says what is drawn from it; 2 and 3 are sdv.data's
+PROBE, SHARED = 4, 5
 
 
 # ── Looking at it ───────────────────────────────────────────────────────────────────────────────────────
@@ -239,7 +253,8 @@ def save(
 
 
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
-FREE = {"steps", "resume", "out", "workers", "verify", "device", "checkpoint_every", "save_every", "keep"}
+FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "checkpoint_every"}
+FREE |= {"save_every", "keep"}
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_"))}
 
 
@@ -297,8 +312,11 @@ def main() -> None:
         held_out["identity"] = Pairs(cfg.probe_pairs, *sides, cfg.cls_token)
         held_out["motion"] = Clips(cfg.probe_clips, cfg.frames, cfg.fps, *sides)
         diagnostics.check_unseen(held_out.values(), data.values())
-    for folder in (*data.values(), *held_out.values()):
+    folders = (*data.values(), *held_out.values())
+    for folder in folders:
         folder.verify(cfg.verify)
+    if cfg.cache and (cfg.crop_jitter or cfg.window == "random"):
+        raise ValueError("--cache keeps one view of a file: leave out --crop-jitter and --window random")
     if cfg.pcgrad != "none" and (cfg.coin != "step" or not 0 < cfg.p_video < 1):
         raise ValueError("--pcgrad needs both tasks, one in a step: 0 < --p-video < 1 and --coin step")
     shot = sample.with_defaults(
@@ -311,16 +329,43 @@ def main() -> None:
     newest = open_run(cfg)
     out = Path(cfg.out)
 
-    # 2. The pretrained model, frozen, and the LoRA in it: the only thing that learns.
-    torch.manual_seed(cfg.seed)
+    # 2. The frozen eyes and ears. A latent is the mean of the VAE's posterior, so a picture always looks the
+    #    same; samples go through one by one, so that rounding does not depend on the batch they are in.
     dtype = getattr(torch, cfg.dtype)
-    backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype)
+
+    def networks() -> Networks:
+        eyes = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts=("vae", "text"))
+
+        @torch.no_grad()
+        def video(clips: Tensor) -> Tensor:
+            return torch.cat([eyes.vae.encode(clip[None].to(cfg.device, dtype)) for clip in clips])
+
+        return Networks(video, lambda prompts: torch.cat([eyes.text([prompt]) for prompt in prompts]))
+
+    ref_tokens = cfg.height * cfg.width // (layout.spatial_ratio * layout.patch) ** 2
+    if cfg.cache:  # they are needed once, and leave the memory before the transformer comes
+        store = Cache(cfg.cache, weights.sources(layout, ("vae", "text")), cfg.dtype, cfg.cache_frames)
+        prompts = {rows.prompt(row) for rows in folders for row in rows.rows} | {"", cfg.sample_prompt}
+        print(store.fill(folders, prompts, networks))
+        data, held_out = ({task: Cached(rows, store) for task, rows in d.items()} for d in (data, held_out))
+        move = partial(Tensor.to, device=cfg.device)
+        enc = Encoders(move, lambda prompts: move(store.text(prompts)), ref_tokens)
+    else:
+        enc = Encoders(*networks(), ref_tokens)
+
+    # 3. The pretrained transformer, frozen, and the LoRA in it: the only thing that learns.
+    parts = ("dit", "vae") if cfg.sample_every else ("dit",)
+    backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts)
     dit, schedule = backbone.dit, dataclasses.replace(backbone.schedule, train_shift=cfg.t_shift)
     dit.checkpoint_every = cfg.checkpoint_every
+    torch.manual_seed(cfg.seed)
     if newest or cfg.adapter:
         print(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     else:
-        add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or dit.lora_targets)
+        places = dit.lora_targets if cfg.lora_tokens == "all" else dit.visual_targets
+        add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or places)
+        if cfg.lora_tokens == "ref":
+            act_on_reference(dit)
     place_reference(dit, cfg.ref_position or dit.ref_position)
     for module in lora_modules(dit).values():
         module.dropout = cfg.lora_dropout
@@ -331,15 +376,10 @@ def main() -> None:
     print(f"precision: networks {cfg.dtype}; LoRA, AdamW, noise and loss float32")
     optimizer = torch.optim.AdamW(params.values(), cfg.lr, tuple(cfg.betas), cfg.eps, cfg.weight_decay)
     surgery = diagnostics.Surgery(params.values(), cfg.pcgrad, cfg.p_video)
-
-    # 3. The frozen encoders. A latent is the mean of the VAE's posterior, so a picture always looks the same.
-    @torch.no_grad()
-    def encode(clip: Tensor) -> Tensor:
-        return backbone.vae.encode(clip.to(cfg.device, dtype)).float()
-
-    ref_tokens = cfg.height * cfg.width // (layout.spatial_ratio * layout.patch) ** 2
-    enc = Encoders(encode, backbone.text, ref_tokens)
     probe = probe_losses(held_out, enc, dit, schedule, cfg)
+    if cfg.sample_every:
+        with torch.no_grad():
+            shot_ref = backbone.vae.encode(shot_picture[None, :, None].to(cfg.device, dtype))
 
     # 4. Where the run stands. Draws have no state: the step, and the batches taken so far, are all of it.
     first, taken, rows = 0, dict.fromkeys(PAIR_OF, 0), []
@@ -373,19 +413,20 @@ def main() -> None:
         if cfg.sample_every and step % cfg.sample_every == 0:
             dit.eval()
             texts = enc.text([cfg.sample_prompt]), enc.text([""])
-            clip = sample.generate(backbone, *texts, encode(shot_picture[None, :, None]), shot, cfg.seed)
+            clip = sample.generate(backbone, *texts, shot_ref, shot, cfg.seed)
             write_video(out / "samples" / f"step-{step:06d}.mp4", clip, cfg.fps)
             dit.train()
 
         # ┌────────────────────────────────────────────────────────────────────────────────────────────┐
         start, seen = time.perf_counter(), {}
         for micro in range(cfg.accumulate * (2 if cfg.pcgrad == "exact" else 1)):
-            rng = generator(cfg.seed, DRAWS, step, micro)
-            torch.manual_seed(rng.initial_seed())  # LoRA dropout draws from the global generator
             task = draw_task(step, micro, cfg)
-            batch = next(feeds[task])
+            batch, kind = next(feeds[task]), list(PAIR_OF).index(task)
+            samples = range(taken[task] * size[task], (taken[task] + 1) * size[task])
+            draws = draws_of((cfg.seed, SHARED, step, micro), [(cfg.seed, SAMPLE, kind, k) for k in samples])
             taken[task] += 1
-            loss = denoising_loss(dit, schedule, PAIR_OF[task](batch, enc, cfg, rng), rng)
+            torch.manual_seed(draws.shared.initial_seed())  # LoRA dropout draws from the global generator
+            loss = denoising_loss(dit, schedule, PAIR_OF[task](batch, enc, cfg, draws), draws)
             require_finite(loss, batch, task, step)
             (loss.value / cfg.accumulate).backward()
             surgery.take(task)

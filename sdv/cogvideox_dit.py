@@ -91,8 +91,8 @@ class CogVideoXDiT(nn.Module):
     """Predicts the velocity of a noisy latent video from a text and, if given, one clean reference frame."""
 
     # Where the paper's LoRA goes: 8 places in a block, and both input projections.
-    lora_targets = ("patch_in", "text_in", "mod1", "mod2")
-    lora_targets += ("attn.q", "attn.k", "attn.v", "attn.out", "ff.up", "ff.down")
+    visual_targets = ("attn.q", "attn.k", "attn.v", "attn.out", "ff.up", "ff.down")  # a token at a time
+    lora_targets = ("patch_in", "text_in", "mod1", "mod2", *visual_targets)
     ref_positions = ("leading",)  # one frame before the video
     ref_position = "leading"
 
@@ -108,6 +108,7 @@ class CogVideoXDiT(nn.Module):
         self.norm_out = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.checkpoint_every = 0  # recompute every n-th block in backward; 0: keep all activations
+        self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,6 +136,7 @@ class CogVideoXDiT(nn.Module):
             x, rope = x[:, kept], (rope[0][kept], rope[1][kept])
         segments = (text.shape[1], x.shape[1])
         x = torch.cat([self.text_in(text), x], dim=1)                     # (B, L, D): text | ref | video
+        self.ref_tokens = slice(text.shape[1], x.shape[1] - self.token_count(video))
         time = nn.functional.silu(self.time_in(t))                        # (B, time_dim)
 
         x = run_blocks(self.blocks, self.checkpoint_every, x, time, rope, segments)

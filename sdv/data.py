@@ -171,6 +171,10 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def prompt(self, row: Row) -> str:
+        """What the text encoder is given."""
+        return row.prompt
+
     def __getitem__(self, index: int) -> dict:
         return _to_float(self.load(index, generator(index)))
 
@@ -215,7 +219,10 @@ class Pairs(Rows):
 
     def read(self, row: Row, rng: torch.Generator) -> dict:
         ref, target = (self._view(path, rng) for path in row.files)
-        return {"ref": ref, "target": target, "prompt": self.cls_token + row.prompt}
+        return {"ref": ref, "target": target, "prompt": self.prompt(row)}
+
+    def prompt(self, row: Row) -> str:
+        return self.cls_token + row.prompt
 
     def _view(self, path: Path, rng: torch.Generator) -> torch.Tensor:
         image = media.read_image(path)
@@ -239,7 +246,7 @@ class Clips(Rows):
     def read(self, row: Row, rng: torch.Generator) -> dict:
         window = torch.rand((), generator=rng).item() if self.random else 0.0
         clip = media.read_clip(row.files[0], self.frames, self.fps, *self.size, window=window)
-        return {"clip": clip, "prompt": row.prompt}
+        return {"clip": clip, "prompt": self.prompt(row)}
 
 
 # Batches
@@ -313,7 +320,12 @@ def _ready(batch: dict | str, device: torch.device | str) -> dict:
 
 def _to_float(item: dict) -> dict:
     """Pixels travel between processes and devices as bytes, a quarter of the floats they become here."""
-    return {k: media.from_uint8(v) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
+
+    def convert(value: object) -> object:
+        pixels = isinstance(value, torch.Tensor) and value.dtype == torch.uint8
+        return media.from_uint8(value) if pixels else value
+
+    return {name: convert(value) for name, value in item.items()}
 
 
 # Command line

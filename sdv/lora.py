@@ -5,6 +5,7 @@ than the spacing of bf16 numbers around a typical entry of A, so it would be rou
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ class LoRA(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha = rank, alpha
         self.dropout, self.merged = 0.0, False  # dropout of A's input, in train mode only
+        self.tokens: Callable[[], slice] | None = None  # which of (B, L, D) the update acts on; None: all
         out_features, *fan_in = base.weight.shape  # a convolution's A has its kernel, its B is 1 x 1
         ones = [1] * (len(fan_in) - 1)
         self.lora_A = nn.Parameter(torch.empty(rank, *fan_in, device=base.weight.device))
@@ -38,8 +40,16 @@ class LoRA(nn.Module):
         out = self.apply_weight(x, self.weight, self.bias)
         if self.merged:
             return out
+        if self.tokens is None:
+            return torch.add(out, self.update(x), alpha=self.scale)
+        chosen = self.tokens()
+        out[:, chosen] += self.scale * self.update(x[:, chosen])
+        return out
+
+    def update(self, x: Tensor) -> Tensor:
+        """B A x."""
         low = self.apply_weight(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return torch.add(out, self.widen(low, self.lora_B.to(x.dtype)), alpha=self.scale)
+        return self.widen(low, self.lora_B.to(x.dtype))
 
 
 class LoRALinear(LoRA):
@@ -82,6 +92,19 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]
     return lora_modules(model)
 
 
+def act_on_reference(dit: nn.Module) -> None:
+    """Let the LoRA change the reference's tokens alone: without a reference, the model is its base.
+
+    ValueError if it is also in layers that see the text, the time or whole frames.
+    """
+    modules = lora_modules(dit)
+    others = [path for path in modules if not path.endswith(dit.visual_targets)]
+    if others:
+        raise ValueError(f"LoRA on the reference's tokens: {others[0]} does not see these one by one")
+    for module in modules.values():
+        module.tokens = lambda: dit.ref_tokens
+
+
 def lora_modules(model: nn.Module) -> dict[str, LoRA]:
     """{path: module} in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}
@@ -100,6 +123,8 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module) -> None:
     """Fold every update into the shared weights, so that sampling costs what the base model costs."""
     for module in lora_modules(model).values():
+        if module.tokens is not None:
+            raise ValueError("a LoRA that acts on some tokens cannot be merged into weights that act on all")
         if not module.merged:
             module.weight.copy_(module.weight.float() + module.delta())
             module.merged = True

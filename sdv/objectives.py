@@ -1,9 +1,12 @@
 """What is denoised, what is looked at, and the one loss that both tasks minimise (paper sec. 3.2-3.5)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from sdv.seeds import generator
 
 
 class Pair(NamedTuple):
@@ -13,6 +16,16 @@ class Pair(NamedTuple):
     ref: Tensor  # (B, C, 1, H, W)     clean latent of the picture to look at
     text: Tensor  # (B, L, D)          encoded prompts
     keep: Tensor | None = None  # (n,) reference tokens that stay visible; None: all, empty: text-to-video
+
+
+class Draws(NamedTuple):
+    """CPU generators, so that a seed draws the same on every machine.
+
+    Each sample has its own: it gets the same noise whatever batch, process or number of processes it is in.
+    """
+
+    shared: torch.Generator  # what a micro-batch has in common: which reference tokens stay visible
+    each: list[torch.Generator]  # B: frame, time and noise of each sample
 
 
 class Losses(NamedTuple):
@@ -29,24 +42,29 @@ class Schedule(Protocol):
     def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
 
-def denoising_loss(dit: nn.Module, schedule: Schedule, pair: Pair, rng: torch.Generator) -> Losses:
+def denoising_loss(dit: nn.Module, schedule: Schedule, pair: Pair, draws: Draws) -> Losses:
     """Eq. 1 and 2: noise the target, let the model look at reference and text, compare its prediction.
 
-    The reference gets no noise and no loss. rng is a CPU generator: a seed draws the same on every machine.
+    The reference gets no noise and no loss.
     """
     x = pair.target.float()
-    t = schedule.draw(len(x), rng).to(x.device)                           # (B,)
-    noise = torch.randn(x.shape, generator=rng).to(x.device)              # (B, C, T, H, W)
+    t = torch.cat([schedule.draw(1, rng) for rng in draws.each]).to(x.device)                     # (B,)
+    noise = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in draws.each]).to(x.device)
     noisy = schedule.add_noise(x, noise, t).to(dit.dtype)
     pred = dit(noisy, t, pair.text.to(dit.dtype), pair.ref.to(dit.dtype), pair.keep)
     each = (pred.float() - schedule.target(x, noise, t)).square().mean(dim=(1, 2, 3, 4))
     return Losses(each.mean(), each.detach(), t)
 
 
-def random_frame(clip: Tensor, rng: torch.Generator) -> Tensor:
+def draws_of(shared: tuple[int, ...], each: Sequence[tuple[int, ...]]) -> Draws:
+    """Generators made of the numbers that name them."""
+    return Draws(generator(*shared), [generator(*key) for key in each])
+
+
+def random_frame(clips: Tensor, draws: Draws) -> Tensor:
     """One frame of each clip, uniform over its length: (B, C, T, H, W) -> (B, C, 1, H, W)."""
-    i = torch.randint(clip.shape[2], (len(clip),), generator=rng).to(clip.device)
-    return clip[torch.arange(len(clip), device=clip.device), :, i][:, :, None]
+    chosen = [int(torch.randint(clips.shape[2], (), generator=rng)) for rng in draws.each]
+    return torch.stack([clip[:, i : i + 1] for clip, i in zip(clips, chosen, strict=True)])
 
 
 def keep_tokens(count: int, mode: str, p: float, rng: torch.Generator) -> Tensor | None:

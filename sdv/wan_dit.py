@@ -107,8 +107,8 @@ class Block(nn.Module):
 class WanDiT(nn.Module):
     """Predicts the flow, noise - x, of a noisy latent video from a text and, if given, one clean frame."""
 
-    lora_targets = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
-    lora_targets += ("ff.up", "ff.down")
+    visual_targets = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.out", "ff.up", "ff.down")
+    lora_targets = (*visual_targets, "cross.k", "cross.v")
     ref_positions = ("leading", "shared", "far", "beside")
     # What stays in float32 when the rest is loaded as bf16: the path of the time, and all norms.
     in_float32 = ("time_in", "time_out", "modulation", "norm_q", "norm_k", "norm_cross")
@@ -127,6 +127,7 @@ class WanDiT(nn.Module):
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.checkpoint_every = 0  # recompute every n-th block in backward; 0: keep all activations
         self.ref_position = "leading"
+        self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,6 +154,7 @@ class WanDiT(nn.Module):
             kept = torch.cat([keep, torch.arange(self.token_count(ref), x.shape[1], device=x.device)])
             x, rope = x[:, kept], (rope[0][kept], rope[1][kept])
         tokens = self.token_count(video)
+        self.ref_tokens = slice(0, x.shape[1] - tokens)
         segments = (tokens,) if ref is None else (x.shape[1] - tokens, tokens)
         times = t[:, None] if ref is None else torch.stack([torch.zeros_like(t), t], dim=1)  # (B, S)
         time, modulation = self.embed_time(times)                         # (B, S, D), (B, S, 6, D)

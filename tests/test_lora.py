@@ -1,6 +1,7 @@
 """LoRA beside peft, and adapters that go to stock diffusers and come back."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from conftest import load_dit, random_inputs, relative_error, stock_predict
 from safetensors import safe_open
 
 import weights
-from sdv.lora import add_lora, lora_modules, lora_parameters, merge, unmerge
-from sdv.objectives import Pair, denoising_loss
+from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters, merge, unmerge
+from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.schedule import VPrediction
+from sdv.seeds import generator
 
 # The paper's nine suffixes, in the names of the public checkpoint.
 SUFFIXES = [
@@ -83,13 +85,14 @@ def test_loss_and_lora_gradients_of_a_step_equal_diffusers_and_peft(stock_dit, t
     peft.set_peft_model_state_dict(stock, ours_in_their_names)
 
     target, _, text, ref = random_inputs(frames=frames)
-    loss = denoising_loss(dit, VPrediction(), Pair(target, ref, text), torch.Generator().manual_seed(3))
+    keys = [(3, k) for k in range(len(target))]
+    loss = denoising_loss(dit, VPrediction(), Pair(target, ref, text), draws_of((3,), keys))
     loss.value.backward()
 
     # The same step in the library's words: its scheduler's noise and velocity, the draws repeated.
-    rng = torch.Generator().manual_seed(3)
-    t = torch.randint(1000, (len(target),), generator=rng)
-    noise = torch.randn(target.shape, generator=rng)
+    rngs = [generator(*key) for key in keys]
+    t = torch.stack([torch.randint(1000, (), generator=rng) for rng in rngs])
+    noise = torch.stack([torch.randn(target.shape[1:], generator=rng) for rng in rngs])
     scheduler = diffusers.CogVideoXDDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing",
@@ -164,3 +167,46 @@ def test_adapters_that_do_not_fit_are_refused_with_the_file_and_the_reason(stock
     with pytest.raises(FileNotFoundError, match="nowhere"):
         weights.load_adapter(load_dit(folder), tmp_path / "nowhere.safetensors")
     assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 2.0
+
+
+def add_update(delta, mask, layer, inputs, output):
+    return output + mask * (inputs[0] @ delta.T)
+
+
+@torch.no_grad()
+def test_a_lora_on_the_reference_alone_leaves_all_other_tokens_their_weights(stock_dit, tmp_path):
+    stock, folder = stock_dit
+    dit, inputs = load_dit(folder), random_inputs()
+    add_lora(dit, 4, 2.0, dit.visual_targets)
+    act_on_reference(dit)
+    for module in lora_modules(dit).values():
+        module.lora_B.normal_(std=0.5)
+    video, t, text, ref = inputs
+    assert torch.equal(dit(video, t, text), load_dit(folder)(video, t, text))
+    nothing = torch.empty(0, dtype=torch.long)
+    assert relative_error(dit(*inputs, nothing), load_dit(folder)(*inputs, nothing)) == 0
+
+    # The same in stock diffusers: on the reference's rows, which its blocks keep behind the text's, a mask
+    # lets the update through. Its feed-forward sees text and pictures in one sequence, as attention does.
+    names = weights.tensors.reverse(weights.names_of(dit))
+    mask = torch.zeros(text.shape[1] + ref[0, 0].numel() // 4 + video[0, 0].numel() // 4, 1)
+    mask[text.shape[1] : text.shape[1] + ref[0, 0].numel() // 4] = 1
+    for path, module in lora_modules(dit).items():
+        layer = stock.get_submodule(weights.tensors.rename(f"{path}.weight", names).removesuffix(".weight"))
+        layer.register_forward_hook(partial(add_update, module.delta(), mask))
+    truth = stock_predict(stock, *inputs)
+    assert relative_error(dit(*inputs), truth) <= 1e-5
+
+    weights.save_adapter(dit, tmp_path / "adapter.safetensors")
+    again = load_dit(folder)
+    weights.load_adapter(again, tmp_path / "adapter.safetensors")
+    assert torch.equal(again(*inputs), dit(*inputs))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        merge(dit)
+
+
+def test_a_lora_on_the_reference_alone_refuses_layers_that_see_more(stock_dit):
+    dit = load_dit(stock_dit[1])
+    add_lora(dit, 4, 2.0, ("mod1", "attn.q"))
+    with pytest.raises(ValueError, match="mod1 does not see"):
+        act_on_reference(dit)

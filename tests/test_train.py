@@ -17,8 +17,7 @@ import sample
 import train
 import weights
 from sdv.data import Clips, Pairs
-from sdv.objectives import denoising_loss
-from sdv.seeds import generator
+from sdv.objectives import denoising_loss, draws_of
 
 ROOT = Path(__file__).parent.parent
 MEDIA = ROOT / "tests" / "media"
@@ -97,9 +96,9 @@ def fixed_losses(tiny: Path, adapter: Path | None) -> dict[str, float]:
         for i, item in enumerate(rows):
             batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in item.items()}
             for draw in range(8):
-                rng = generator(7, i, draw)
-                pair = train.PAIR_OF[task](batch, enc, train.Config(), rng)
-                values.append(denoising_loss(backbone.dit, backbone.schedule, pair, rng).value.item())
+                draws = draws_of((7, i, draw), [(8, i, draw)])
+                pair = train.PAIR_OF[task](batch, enc, train.Config(), draws)
+                values.append(denoising_loss(backbone.dit, backbone.schedule, pair, draws).value.item())
             if i + 1 == len(rows):
                 break
         totals[task] = sum(values) / len(values)

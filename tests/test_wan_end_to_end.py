@@ -17,7 +17,7 @@ import train
 import weights
 from sdv.data import Clips, Pairs
 from sdv.lora import add_lora, lora_modules
-from sdv.objectives import denoising_loss
+from sdv.objectives import denoising_loss, draws_of
 from sdv.seeds import generator
 from weights import tiny as tiny_models
 from weights import wan
@@ -58,9 +58,9 @@ def fixed_losses(folder, adapter) -> dict[str, float]:
         values = []
         for i in range(len(rows)):
             batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in rows[i].items()}
-            pair = train.PAIR_OF[task](batch, enc, cfg, generator(7, i))
+            pair = train.PAIR_OF[task](batch, enc, cfg, draws_of((7, i), [(7, i, 0)]))
             for draw in range(4):
-                loss = denoising_loss(backbone.dit, backbone.schedule, pair, generator(8, i, draw))
+                loss = denoising_loss(backbone.dit, backbone.schedule, pair, draws_of((8,), [(8, i, draw)]))
                 values.append(loss.value.item())
         totals[task] = sum(values) / len(values)
     return totals

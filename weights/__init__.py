@@ -17,7 +17,7 @@ from sdv.schedule import NoiseProcess
 from sdv.wan_dit import WanDiT
 from weights import adapter, cogvideox, wan
 from weights.layout import Layout
-from weights.tensors import Names, load_into, save_module
+from weights.tensors import Names, load_into, save_module, shards
 
 PARTS = ("dit", "vae", "text")
 
@@ -71,6 +71,15 @@ def load_backbone(
             log(part.note)
         setattr(backbone, name, module.eval())
     return backbone
+
+
+def sources(layout: Layout, parts: Sequence[str] = PARTS) -> list[Path]:
+    """The files that parts of a checkpoint are made of: all configs, vocabulary, and their own weights."""
+    found = [layout.path / file for file in layout.files]
+    for part in (layout.parts[name] for name in parts):
+        source = layout.path / part.source
+        found += [source] if source.is_file() else shards(source)
+    return found
 
 
 def save_backbone(backbone: Backbone, path: str | Path, dtype: torch.dtype) -> None:

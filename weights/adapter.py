@@ -6,13 +6,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sdv.lora import add_lora, lora_modules
+from sdv.lora import act_on_reference, add_lora, lora_modules
 from sdv.positions import place_reference
 from weights.tensors import Names, rename, reverse, save_tensors
 
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"
-PLACE = "ref_position"  # beside it, since diffusers takes nothing there that peft does not know
+# Beside it, since diffusers takes nothing there that peft does not know:
+PLACE = "ref_position"
+TOKENS = "lora_tokens"  # "all", or "ref": the reference's alone
 
 
 def save_adapter(dit: nn.Module, path: Path, names: Names) -> None:
@@ -29,7 +31,8 @@ def save_adapter(dit: nn.Module, path: Path, names: Names) -> None:
     one = next(iter(modules.values()))
     config = {"r": one.rank, "lora_alpha": one.alpha, "target_modules": sorted(theirs.values())}
     metadata = json.dumps({f"{PREFIX}{field}": value for field, value in config.items()}, sort_keys=True)
-    save_tensors(path, tensors, {"format": "pt", METADATA: metadata, PLACE: dit.ref_position})
+    notes = {PLACE: dit.ref_position, TOKENS: "all" if one.tokens is None else "ref"}
+    save_tensors(path, tensors, {"format": "pt", METADATA: metadata, **notes})
 
 
 def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None = None) -> str:
@@ -51,6 +54,8 @@ def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None =
             # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then
             # round differently, and a resumed run would leave the path of the run that never stopped.
             getattr(module, leaf).data.copy_(tensor)
+    if metadata.get(TOKENS) == "ref":
+        act_on_reference(dit)
     return f"{path}: {len(pairs)} modules, rank {rank}, alpha {alpha:g} ({source}), scale {alpha / rank:g}"
 
 
@@ -65,7 +70,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
             notes = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
-    settings = {PREFIX + PLACE: notes[PLACE]} if PLACE in notes else {}
+    settings = {PREFIX + name: notes[name] for name in (PLACE, TOKENS) if name in notes}
     settings |= json.loads(notes.get(METADATA, "{}"))
     return tensors, {field.removeprefix(PREFIX): value for field, value in settings.items()}
 

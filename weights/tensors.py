@@ -6,7 +6,6 @@ differently. Whatever a table does not name is an error, never a guess.
 """
 
 import json
-import os
 import pickle
 import re
 import time
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from sdv.files import write_whole
 
 Names = dict[str, str | None]
 
@@ -53,7 +54,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.files = {path: _open(path) for path in _shards(self.folder)}
+        self.files = {path: _open(path) for path in shards(self.folder)}
         self.where = {name: file for file in self.files.values() for name in file.keys()}
         if "F8" in self.dtypes():
             raise ValueError(
@@ -101,7 +102,8 @@ class Pickle:
         return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.where.values()}))
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. FileNotFoundError names what is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; a checkpoint in the diffusers layout has one")
     stem = next((stem for stem in STEMS if list(folder.glob(f"{stem}.safetensors*"))), None)
@@ -218,17 +220,11 @@ def load_into(
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write one file (safetensors, or a .pth without metadata) whole or not at all: flushed, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".pth":
-        torch.save(tensors, temporary)
+        write_whole(path, lambda to: torch.save(tensors, to))
     else:
-        save_file(tensors, temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        write_whole(path, lambda to: save_file(tensors, to, metadata))
 
 
 def save_module(module: nn.Module, names: Names, path: Path, dtype: torch.dtype) -> None:

@@ -49,7 +49,7 @@ class Config:
 
 SIZE, FRAMES = 64, 17
 CLIPS, PICTURES = 3000, 6000  # of the world's base split
-STEPS = {"vae": 6000, "dit": 4000}
+STEPS = {"vae": 3000, "dit": 3600}
 PARTS = 2  # of a step's batch, each with its own gradient
 BATCH = {"vae": 4, "clips": 8, "pictures": 48}  # of one part
 RATE = {"vae": 1e-3, "dit": 1e-3}
@@ -75,7 +75,7 @@ CONFIGS = {
         "num_attention_heads": 4,
         "in_channels": 16,
         "out_channels": 16,
-        "time_embed_dim": 32,
+        "time_embed_dim": 16,
         "text_embed_dim": 96,
         "num_layers": 6,
         "sample_width": SIZE // 8,

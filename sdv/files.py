@@ -1,0 +1,51 @@
+"""Files that appear whole or not at all, and are known by what is in them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then flush it to disk and give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(*parts: object) -> str:
+    """A short name made of JSON values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class Hashes:
+    """SHA-256 of files, remembered in a file of its own as long as their size and time of change stay."""
+
+    def __init__(self, memory: Path):
+        self.memory = memory
+        try:
+            self.known = json.loads(memory.read_text())
+        except (FileNotFoundError, ValueError):  # none yet, or damaged: only time is lost
+            self.known = {}
+
+    def __call__(self, path: Path) -> str:
+        stat = path.stat()
+        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        if self.known.get(key, [])[:2] != state:
+            with open(path, "rb") as file:
+                self.known[key] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+        return self.known[key][2]
+
+    def learn(self, paths: Iterable[Path]) -> None:
+        """Hash files in parallel, and remember them for the next run."""
+        with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
+            list(pool.map(self, paths))
+        write_whole(self.memory, lambda path: path.write_text(json.dumps(self.known)))

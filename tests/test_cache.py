@@ -1,0 +1,173 @@
+"""The cache of latents and text states: the same training bit for bit, nothing stale or torn ever used."""
+
+import shutil
+
+import pytest
+import torch
+from test_train import MEDIA, RUN, assert_same, losses, run
+
+import train
+import weights
+from sdv.cache import Cache, Cached, Networks
+from sdv.data import Clips, Pairs
+
+SIDES = 64, 96
+
+
+def count_calls(calls: list):
+    """Networks that compute something cheap of what they see, and note every call."""
+
+    def video(clip):
+        calls.append(tuple(clip.shape))
+        return clip.mean((1, 3, 4), keepdim=True).expand(-1, 4, -1, 2, 3).clone()
+
+    def text(prompts):
+        calls.append(prompts[0])
+        return torch.full((1, 3, 2), float(len(prompts[0])))
+
+    return lambda: Networks(video, text)
+
+
+@pytest.fixture
+def media(tmp_path):
+    for name in ("pairs", "clips"):
+        shutil.copytree(MEDIA / name, tmp_path / name)
+    return tmp_path
+
+
+def sources(media):
+    return [Pairs(media / "pairs", *SIDES), Clips(media / "clips", 9, 8, *SIDES)]
+
+
+def new_cache(media, weight=b"one", frames=0):
+    network = media / "vae.safetensors"
+    if not network.exists() or network.read_bytes() != weight:
+        network.write_bytes(weight)
+    return Cache(media / "cache", [network], "float32", frames)
+
+
+@pytest.mark.parametrize("extra", [{}, {"--ref-frame": "first", "--coin": "micro"}])
+def test_training_from_a_cache_equals_training_without(monkeypatch, tiny, tmp_path, extra):
+    options = {"--backbone": tiny, "--steps": 6, **RUN, **extra}
+    run(monkeypatch, train, options | {"--out": tmp_path / "plain"})
+    run(monkeypatch, train, options | {"--out": tmp_path / "cached", "--cache": tmp_path / "cache"})
+    assert losses(tmp_path / "plain") == losses(tmp_path / "cached")
+    assert {task for _, task, _, _ in losses(tmp_path / "plain")} == {"identity", "motion"}
+    assert_same(tmp_path / "plain", tmp_path / "cached", 6)
+
+    # A second run finds everything: the frozen networks are not even loaded.
+    load, loaded = weights.load_backbone, []
+
+    def watch(*args, **kwargs):
+        loaded.append(args[3] if len(args) > 3 else kwargs["parts"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(weights, "load_backbone", watch)
+    run(monkeypatch, train, options | {"--out": tmp_path / "again", "--cache": tmp_path / "cache"})
+    assert loaded == [("dit",)]
+    assert_same(tmp_path / "plain", tmp_path / "again", 6)
+
+
+def test_entries_are_what_the_networks_make_of_each_row(media):
+    cache, (pairs, clips) = new_cache(media), sources(media)
+    networks = count_calls([])
+    cache.fill([pairs, clips], [pairs.prompt(row) for row in pairs.rows], networks)
+    video, text = networks()
+    for i in range(len(pairs)):
+        item, cached = pairs[i], Cached(pairs, cache)[i]
+        assert torch.equal(cached["ref"], video(item["ref"][None, :, None])[0, :, 0])
+        assert torch.equal(cached["target"], video(item["target"][None, :, None])[0, :, 0])
+        assert torch.equal(cache.text([cached["prompt"]]), text([item["prompt"]]))
+    for i in range(len(clips)):
+        clip, cached = clips[i]["clip"][None], Cached(clips, cache)[i]
+        assert torch.equal(cached["clip"], video(clip)[0])
+        alone = [video(clip[:, :, k : k + 1])[0] for k in range(9)]
+        assert torch.equal(cached["frames"], torch.cat(alone, 1))
+
+
+def test_what_is_there_is_not_encoded_again(media):
+    first, second = [], []
+    new_cache(media).fill(sources(media), ["a", "b", "a"], count_calls(first))
+    new_cache(media).fill(sources(media), ["a", "b"], count_calls(second))
+    assert len(set(first)) < len(first)
+    assert [call for call in first if isinstance(call, str)] == ["a", "b"]
+    assert second == []
+
+
+def test_what_has_changed_is_encoded_again(media):
+    new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    pairs, _ = sources(media)
+    changed = pairs.rows[0].files[0]
+    others = {file for row in pairs.rows for file in row.files if file != changed}
+    shutil.copyfile(next(file for file in others if file.suffix == changed.suffix), changed)
+    calls = []
+    new_cache(media).fill(sources(media), ["a"], count_calls(calls))
+    assert calls == []  # the bytes are known, under another name
+
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    new_cache(media).fill(sources(media), ["a"], count_calls(calls))
+    assert calls == [(1, 3, 1, *SIDES)]
+
+    everything = []
+    new_cache(media, weight=b"two").fill(sources(media), ["a"], count_calls(everything))
+    assert "a" in everything and len(everything) > len(calls)
+    sizes = []
+    other = [Pairs(media / "pairs", 64, 64), sources(media)[1]]
+    new_cache(media, weight=b"two").fill(other, ["a"], count_calls(sizes))
+    assert {call[3:] for call in sizes} == {(64, 64)}
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_torn_shard_is_made_again(media, keep):
+    cache = new_cache(media)
+    cache.fill(sources(media), ["a"], count_calls([]))
+    truth = Cached(sources(media)[1], cache)[0]["frames"].clone()  # not a view of the file
+    (shard,) = (media / "cache").glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(len(whole) * keep)])
+    (media / "cache" / "hashes.json").write_text('{"torn": ')
+    calls, cache = [], new_cache(media)
+    said = cache.fill(sources(media), ["a"], count_calls(calls))
+    assert "1 damaged shards were removed" in said
+    assert "a" in calls
+    assert torch.equal(Cached(sources(media)[1], cache)[0]["frames"], truth)
+
+
+def test_what_was_encoded_before_a_bad_file_stays(media):
+    (media / "pairs" / sources(media)[0].rows[-1].files[0].name).write_bytes(b"not a picture")
+    first, second = [], []
+    with pytest.raises(ValueError, match="metadata.jsonl"):
+        new_cache(media).fill(sources(media)[:1], ["a"], count_calls(first))
+    with pytest.raises(ValueError, match="metadata.jsonl"):
+        new_cache(media).fill(sources(media)[:1], ["a"], count_calls(second))
+    assert "a" in first and "a" not in second
+
+
+def test_two_processes_share_the_work(media):
+    whole, calls = [], ([], [])
+    cache = Cache(media / "alone", [], "float32")
+    cache.fill(sources(media), ["a", "b"], count_calls(whole))
+    for rank in (0, 1):
+        blind = new_cache(media)
+        blind.shards.where = {}  # as if both had started together
+        blind.fill(sources(media), ["a", "b"], count_calls(calls[rank]), rank, 2)
+    assert calls[0] and calls[1]
+    assert sorted(map(str, calls[0] + calls[1])) == sorted(map(str, whole))
+    new_cache(media).fill(sources(media), ["a", "b"], None)  # nothing is missing
+
+
+def test_a_few_frames_of_a_clip_can_stand_for_all(media):
+    cache, clips = new_cache(media, frames=3), sources(media)[1]
+    cache.fill([clips], [], count_calls([]))
+    every = new_cache(media)
+    every.fill([clips], [], count_calls([]))
+    few, all_of_them = Cached(clips, cache)[0]["frames"], Cached(clips, every)[0]["frames"]
+    assert torch.equal(few, all_of_them[:, [0, 4, 8]])
+
+
+@pytest.mark.parametrize("change", [{"--crop-jitter": 0.1}, {"--window": "random"}])
+def test_views_that_change_are_refused(monkeypatch, tiny, tmp_path, change):
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--cache": tmp_path / "cache", **RUN, **change}
+    with pytest.raises(ValueError, match="--cache keeps one view"):
+        run(monkeypatch, train, options)
+    assert not (tmp_path / "cache").exists()
