@@ -10,7 +10,7 @@ same noise on every machine, because noise is drawn on the CPU.
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,7 @@ from sdv.data import check_size
 from sdv.lora import merge
 from sdv.media import fit, read_image, write_video
 from sdv.schedule import guidance
-from sdv.seeds import generator
+from sdv.seeds import generator, normal
 from sdv.settings import parse, run
 
 
@@ -60,40 +60,40 @@ class Config:
 @torch.no_grad()
 def generate(
     backbone: weights.Backbone,
-    text: Tensor,
+    texts: Tensor,
     blank: Tensor,
-    ref: Tensor | None,
+    refs: Tensor | None,
     cfg: Config,
-    seed: int,
+    seeds: Sequence[int],
     progress: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """A clip (3, T, H, W) in [-1, 1] under text (1, L, D) and a reference (1, C, 1, H', W') or None.
+    """Clips (B, 3, T, H, W) in [-1, 1] under texts (B, L, D) and references (B, C, 1, H', W') or None.
 
     blank (1, L, D) is the negative prompt. Guidance is on the text only: the reference stands in both halves,
     so the subject is never argued away. The network is called as in training.
     """
     dit, schedule = backbone.dit, backbone.schedule
-    rng = generator(seed)
-    noise = torch.randn(latent_shape(backbone.layout, cfg), generator=rng).to(cfg.device)
-    texts = torch.cat([blank, text]).to(dit.dtype)
-    refs = None if ref is None else torch.cat([ref, ref]).to(dit.dtype)
+    rngs = [generator(seed) for seed in seeds]
+    noise = normal((len(rngs), *latent_shape(backbone.layout, cfg)), rngs).to(cfg.device)
+    texts = torch.cat([blank.expand_as(texts), texts]).to(dit.dtype)
+    refs = None if refs is None else torch.cat([refs, refs]).to(dit.dtype)
 
     def denoise(x: Tensor, t: int, i: int) -> Tensor:
-        both, times = torch.cat([x, x]).to(dit.dtype), torch.full((2,), t, device=x.device)
+        both, times = torch.cat([x, x]).to(dit.dtype), torch.full((2 * len(x),), t, device=x.device)
         uncond, cond = dit(both, times, texts, refs).float().chunk(2)
         progress()
         return uncond + guidance(cfg.guidance, t, cfg.steps, cfg.dynamic_guidance) * (cond - uncond)
 
     sampler = schedule.samplers[cfg.sampler or schedule.default_sampler]
-    latents = sampler(schedule, denoise, noise, cfg.steps, rng)           # (1, C, T', H', W')
-    return backbone.vae.decode(latents.to(dit.dtype))[0].float().cpu()    # (3, T, H, W)
+    latents = sampler(schedule, denoise, noise, cfg.steps, rngs).to(dit.dtype)      # (B, C, T', H', W')
+    return torch.cat([backbone.vae.decode(one[None]).float().cpu() for one in latents])
 
 
-def latent_shape(layout: weights.Layout, cfg: Config) -> tuple[int, int, int, int, int]:
-    """(1, C, T', H', W') of a video of the asked size."""
+def latent_shape(layout: weights.Layout, cfg: Config) -> tuple[int, int, int, int]:
+    """(C, T', H', W') of a video of the asked size."""
     frames = (cfg.frames - 1) // layout.temporal_ratio + 1
     size = cfg.height // layout.spatial_ratio, cfg.width // layout.spatial_ratio
-    return 1, layout.channels, frames, *size
+    return layout.channels, frames, *size
 
 
 def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
@@ -145,7 +145,7 @@ def main() -> None:
     bar = tqdm(total=len(jobs) * cfg.steps, unit="step")
     for (number, prompt), seed in jobs:
         start = time.perf_counter()
-        clip = generate(backbone, texts[prompt], texts[cfg.negative], ref, cfg, seed, bar.update)
+        (clip,) = generate(backbone, texts[prompt], texts[cfg.negative], ref, cfg, [seed], bar.update)
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
         path = Path(cfg.out) / f"{number:02d}-seed{seed}-{words}.mp4"
         write_video(path, clip, cfg.fps)

@@ -413,7 +413,7 @@ def main() -> None:
         if cfg.sample_every and step % cfg.sample_every == 0:
             dit.eval()
             texts = enc.text([cfg.sample_prompt]), enc.text([""])
-            clip = sample.generate(backbone, *texts, shot_ref, shot, cfg.seed)
+            (clip,) = sample.generate(backbone, *texts, shot_ref, shot, [cfg.seed])
             write_video(out / "samples" / f"step-{step:06d}.mp4", clip, cfg.fps)
             dit.train()
 

@@ -5,7 +5,7 @@ a loop over denoise(x, t, i) -> pred: the caller's network, with its guidance, a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -13,6 +13,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Generator, Tensor
+
+from sdv.seeds import normal
 
 Denoise = Callable[[Tensor, float, int], Tensor]
 
@@ -154,9 +156,9 @@ def _check_steps(steps: int, most: int) -> None:
 
 
 def ddim(
-    schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
+    schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12, sigma = 0): noise x (B, C, T, H, W) -> clean x in fp32, without rng."""
+    """DDIM (arXiv 2010.02502, eq. 12, sigma = 0): noise x (B, C, T, H, W) -> clean x in fp32; no rngs."""
     x = x.float()
     for i, t, now, then in schedule.walk(steps):
         x0 = schedule.to_x0(x, denoise(x, t, i), t)
@@ -166,22 +168,22 @@ def ddim(
 
 
 def dpm(
-    schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
+    schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095), the sampler of CogVideoX's vendor: noise x -> clean x in fp32.
 
-    Each step adds fresh noise, drawn from rng on the CPU, draw for draw as in diffusers.
+    Each step adds fresh noise, a generator for each of B, draw for draw as in diffusers.
     """
     x, before = x.float(), None
     for i, t, now, then in schedule.walk(steps):
         x0 = schedule.to_x0(x, denoise(x, t, i), t)
         h = (then.logit() - now.logit()) / 2                              # step in log(alpha / sigma)
-        noise, estimate = torch.randn(x.shape, generator=rng), x0
+        noise, estimate = normal(x.shape, rngs), x0
         if before is not None and then < 1:                               # second order: extrapolate x0
             x0_before, signal_before = before
             h_before = (now.logit() - signal_before.logit()) / 2          # infinite where the SNR was zero
             estimate = x0 + h / (2 * h_before) * (x0 - x0_before)
-            noise = torch.randn(x.shape, generator=rng)                   # diffusers drops the first draw
+            noise = normal(x.shape, rngs)                                 # diffusers drops the first draw
         decay = (-2 * h).exp()
         x = ((1 - then) / (1 - now) * decay).sqrt() * x + (1 - decay) * then.sqrt() * estimate
         x = x + ((1 - then) * (1 - decay)).sqrt() * noise.to(x.device)
@@ -190,9 +192,9 @@ def dpm(
 
 
 def euler(
-    schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
+    schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
-    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32, without rng."""
+    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32, without rngs."""
     x, sigmas = x.float(), schedule.sigmas(steps).tolist()
     for i, (now, then) in enumerate(pairwise(sigmas)):
         x = x + (then - now) * denoise(x, schedule.train_steps * now, i)
@@ -200,7 +202,7 @@ def euler(
 
 
 def unipc(
-    schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rng: Generator | None = None
+    schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
     """UniPC-2 with B(h) = e^h - 1 (arXiv 2302.04867), Wan's sampler: noise x -> clean x in fp32, without rng.
 

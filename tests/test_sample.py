@@ -27,11 +27,11 @@ def test_text_to_video_equals_the_stock_pipeline_from_prompt_to_pixels(tiny, bac
     diffusers = pytest.importorskip("diffusers")
     cfg = dataclasses.replace(CFG, dynamic_guidance=dynamic)
     text, blank = backbone.text(list(cfg.prompt)), backbone.text([cfg.negative])
-    ours = sample.generate(backbone, text, blank, None, cfg, seed=3)
+    (ours,) = sample.generate(backbone, text, blank, None, cfg, [3])
 
     pipe = diffusers.CogVideoXPipeline.from_pretrained(tiny)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(sample.latent_shape(backbone.layout, cfg), generator=generator(3))
+    noise = torch.randn(sample.latent_shape(backbone.layout, cfg), generator=generator(3))[None]
     theirs = pipe(
         cfg.prompt[0], negative_prompt="", height=64, width=96, num_frames=9, num_inference_steps=4,
         guidance_scale=6.0, use_dynamic_cfg=dynamic, latents=noise.transpose(1, 2), output_type="pt",
@@ -65,8 +65,19 @@ def test_guidance_is_on_the_text_alone(backbone):
     """With equal prompts both halves are equal, whatever the reference: guidance must then change nothing."""
     text = backbone.text(["a dog"])
     ref = torch.randn(1, 8, 1, 8, 12, generator=generator(1))
-    weak = sample.generate(backbone, text, text, ref, dataclasses.replace(CFG, guidance=1.0), 0)
-    strong = sample.generate(backbone, text, text, ref, CFG, 0)
+    weak = sample.generate(backbone, text, text, ref, dataclasses.replace(CFG, guidance=1.0), [0])
+    strong = sample.generate(backbone, text, text, ref, CFG, [0])
     assert relative_error(strong, weak) <= 1e-4
-    other = sample.generate(backbone, text, text, 2 * ref, CFG, 0)
+    other = sample.generate(backbone, text, text, 2 * ref, CFG, [0])
     assert relative_error(other, strong) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_a_seed_means_the_same_video_alone_and_among_others(backbone, sampler):
+    cfg = dataclasses.replace(CFG, sampler=sampler)
+    texts, blank = backbone.text(["a dog", "a cat"]), backbone.text([""])
+    refs = torch.randn(2, 8, 1, 8, 12, generator=generator(1))
+    both = sample.generate(backbone, texts, blank, refs, cfg, [3, 4])
+    for i in range(2):
+        (alone,) = sample.generate(backbone, texts[i : i + 1], blank, refs[i : i + 1], cfg, [3 + i])
+        assert relative_error(both[i], alone) <= 1e-4

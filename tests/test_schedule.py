@@ -23,6 +23,7 @@ CONFIG = {
     "timestep_spacing": "trailing",
 }
 SHAPE = (3, 4, 2, 5, 6)
+RNGS = [torch.Generator() for _ in range(SHAPE[0])]
 
 
 def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
@@ -90,17 +91,17 @@ def test_dpm_trajectory_equals_diffusers_from_the_same_generator(diffusers, conf
     theirs = diffusers.CogVideoXDPMScheduler.from_config(config)
     theirs.set_timesteps(steps)
     ours, want, x0 = [], [], None
-    x, rng = normal(2), torch.Generator().manual_seed(3)
+    x, rngs = normal(2), [torch.Generator().manual_seed(3 + i) for i in range(SHAPE[0])]
     for t, before in zip(theirs.timesteps, [None, *theirs.timesteps], strict=False):
         want.append(x)
-        x, x0 = theirs.step(fake_network(x, t.item()), x0, t, before, x, generator=rng)
+        x, x0 = theirs.step(fake_network(x, t.item()), x0, t, before, x, generator=rngs)
 
     def denoise(x, t, i):
         ours.append(x)
         return fake_network(x, t)
 
-    rng = torch.Generator().manual_seed(3)
-    assert relative_error(dpm(schedule_from(config), denoise, normal(2), steps, rng), x) <= 1e-5
+    rngs = [torch.Generator().manual_seed(3 + i) for i in range(SHAPE[0])]
+    assert relative_error(dpm(schedule_from(config), denoise, normal(2), steps, rngs), x) <= 1e-5
     assert len(ours) == len(want) == steps
     assert max(map(relative_error, ours, want)) <= 1e-5
 
@@ -143,7 +144,7 @@ def test_a_perfect_network_leads_every_sampler_to_its_video(sampler):
         return (alpha * x_t - x) / sigma  # the velocity whose clean video is x
 
     for steps in (1, 5, 50):
-        assert relative_error(sampler(schedule, perfect, normal(5), steps, torch.Generator()), x) <= 1e-5
+        assert relative_error(sampler(schedule, perfect, normal(5), steps, RNGS), x) <= 1e-5
 
 
 def test_ddim_is_of_first_order_and_dpm_is_better():
@@ -156,8 +157,8 @@ def test_ddim_is_of_first_order_and_dpm_is_better():
         return (abar.sqrt() * x_t - x0) / (1 - abar).sqrt()
 
     def error(sampler, steps):
-        rng = torch.Generator().manual_seed(0)
-        return abs(sampler(schedule, best, normal(6, (4, 4, 4, 64, 64)), steps, rng).std().item() - deviation)
+        x, rngs = normal(6, (4, 4, 4, 64, 64)), [torch.Generator().manual_seed(i) for i in range(4)]
+        return abs(sampler(schedule, best, x, steps, rngs).std().item() - deviation)
 
     assert 1.6 < error(ddim, 20) / error(ddim, 40) < 2.1
     assert error(dpm, 20) / error(dpm, 40) > 2.4
@@ -224,7 +225,7 @@ def test_guidance_and_dpm_equal_the_whole_pipeline(pipeline, dynamic):
         return without + guidance(6.0, t, steps, dynamic) * (prompted - without)
 
     rng = torch.Generator().manual_seed(3)
-    assert relative_error(dpm(VPrediction(), denoise, video, steps, rng), want) <= 1e-5
+    assert relative_error(dpm(VPrediction(), denoise, video, steps, [rng]), want) <= 1e-5
 
 
 def test_dynamic_guidance_rises_smoothly_with_a_step_index_and_jumps_with_the_timestep():
