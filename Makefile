@@ -12,7 +12,7 @@ $(VENV)/run: pyproject.toml constraints.txt          # enough to train and sampl
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run                             # plus the test runner and the oracles
-	$(PIP) -e '.[dev,plots,parity]'
+	$(PIP) -e '.[dev,plots,importers,parity]'
 	@touch $@
 
 # The whole chain on real photos and clips with a tiny random model: 20 steps of both tasks, then one video.

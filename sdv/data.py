@@ -4,6 +4,7 @@ A pairs folder holds metadata.jsonl with rows {"reference_file_name", "target_fi
 folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt.
 
     python -m sdv.data check DIR    decodes every file once and says what is wrong with which row
+    python -m sdv.data import ...   makes such a folder of a public data set, see sdv.importers
 """
 
 import argparse
@@ -382,6 +383,8 @@ def _clip_verdict(row: Row, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: what the command returns, or 1 after one line about bad input."""
+    from sdv import importers  # which reads folders with this module
+
     parser = argparse.ArgumentParser(prog="python -m sdv.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("check", help="decode every file of a folder once, with a verdict a row")
@@ -396,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--patch", type=int, default=2, help="latent rows per token")
     one.add_argument("--workers", type=int, default=os.cpu_count(), help="files decoded at once")
     one.set_defaults(run=check)
+    importers.add_commands(commands.add_parser("import", help="make a folder of pairs or clips"))
     args = parser.parse_args(argv)
     try:
         return args.run(args)
