@@ -21,6 +21,16 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 MEDIA = Path(__file__).parent / "media"
 PADDING = torch.tensor([250, 0, 250], dtype=torch.uint8).reshape(3, 1, 1)
+FULL = dict.fromkeys(importers.SCORES, 5)
+TEXTS = ("item", "description_0", "description_1", "category")
+SCHEMA = pa.schema(
+    {
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "collection": pa.string(),
+        "quality_assessment": pa.struct(dict.fromkeys(FULL, pa.int64())),
+        "description": pa.struct({**dict.fromkeys(TEXTS, pa.string()), "description_valid": pa.bool_()}),
+    }
+)
 
 
 def run(*argv, workers: int = 0) -> int:
@@ -51,9 +61,9 @@ def composite(folder: Path, n: int, side: int = 16, margin: int = 8) -> bytes:
     return (folder / "composite.png").read_bytes()
 
 
-def row(picture: bytes | None, n: int, **changes) -> dict:
-    """A row as the data set has it, with another struct in place of one of its own, or None."""
-    description = {
+def row(picture: bytes | None, n: int, scores: dict | None = FULL, **description) -> dict:
+    """A row as the data set has it."""
+    texts = {
         "item": f"thing {n}",
         "description_0": f"thing {n} on the left",
         "description_1": f" thing {n} on the right ",
@@ -63,25 +73,9 @@ def row(picture: bytes | None, n: int, **changes) -> dict:
     return {
         "image": {"bytes": picture, "path": None},
         "collection": "collection_2",
-        "quality_assessment": dict.fromkeys(importers.SCORES, 5),
-        "description": description,
-    } | {
-        key: value if value is None else {**description, **value} if key == "description" else value
-        for key, value in changes.items()
+        "quality_assessment": scores,
+        "description": {**texts, **description},
     }
-
-
-SCHEMA = pa.schema(
-    {
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-        "collection": pa.string(),
-        "quality_assessment": pa.struct(dict.fromkeys(importers.SCORES, pa.int64())),
-        "description": pa.struct(
-            {name: pa.string() for name in ("item", "description_0", "description_1", "category")}
-            | {"description_valid": pa.bool_()}
-        ),
-    }
-)
 
 
 def write(file: Path, rows: list[dict], group: int = 4) -> Path:
@@ -143,16 +137,15 @@ def test_one_direction_and_another_margin(tmp_path):
 
 def test_what_is_dropped_is_counted_and_named(tmp_path, capsys):
     good = composite(tmp_path, 0)
-    low = dict.fromkeys(importers.SCORES, 5)
     rows = [
         row(good, 0),
-        row(good, 1, quality_assessment=None),
-        row(good, 2, quality_assessment=low | {"imageQuality": None}),
-        *(row(good, 3, quality_assessment=low | {name: 4}) for name in importers.SCORES),
-        row(good, 6, description={"description_1": " "}),
-        row(good, 7, description=None),
-        row(good, 8, description={"description_valid": False}),
-        row(composite(tmp_path, 9), 9, description={"description_valid": None}),
+        row(good, 1, None),
+        row(good, 2, FULL | {"imageQuality": None}),
+        *(row(good, 3, FULL | {name: 4}) for name in FULL),
+        row(good, 6, description_1=" "),
+        row(good, 7) | {"description": None},
+        row(good, 8, description_valid=False),
+        row(composite(tmp_path, 9), 9, description_valid=None),
         row(good, 10),
         row(None, 11),
         row(good[:-30], 12),
