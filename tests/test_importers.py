@@ -219,8 +219,7 @@ def test_goes_on_from_any_torn_journal(parquets, tmp_path):
                 (out / "views" / ".half.png.1.tmp").write_bytes(b"half")
             assert run(*arguments, out, *limit) == 0
             assert tree(out) == tree(whole)
-    lost = next(path for path in out.rglob("*-left.png"))
-    lost.unlink()
+    (lost := next(out.rglob("*-left.png"))).unlink()
     assert run(*arguments, out, "--limit", 15) == 0
     assert lost.is_file()
 
