@@ -10,15 +10,12 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code on the next
 
     make demo                                                             # tiny model, real photos, CPU
     python train.py --backbone CogVideoX-5b --pairs pairs --clips clips   # the paper's recipe, one 80 GB GPU
+    torchrun --nproc-per-node 8 train.py ...                              # several GPUs
     python train.py ... --resume                                          # goes on from the newest save
-    python -m sdv.diagnostics out/run      # do the tasks fight? needs --probe-pairs and --probe-clips
+    python -m sdv.diagnostics out/run      # do the tasks fight? needs --val-pairs and --val-clips
 """
 
 import dataclasses
-import json
-import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +29,7 @@ from tqdm import tqdm
 
 import sample
 import weights
-from sdv import diagnostics, diagnostics_report
+from sdv import diagnostics, diagnostics_report, parallel, runs
 from sdv.cache import Cache, Cached, Networks
 from sdv.data import Clips, Pairs, Rows, batches, check_size
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
@@ -48,6 +45,7 @@ from sdv.objectives import (
     random_frame,
 )
 from sdv.positions import place_reference
+from sdv.progress import Journal, by_quarter, log_line, loss_row, peak_memory, read_shots, validate
 from sdv.seeds import generator
 from sdv.settings import parse, run
 
@@ -87,21 +85,27 @@ class Config:
     adapter: str = ""  # start from this LoRA file, with its rank and alpha, instead of from B = 0
     # optimisation
     steps: int = 4000  # (paper: 4,000)
-    identity_batch: int = 8  # pairs in a micro-batch; x accumulate = 256 (paper: 256)
-    motion_batch: int = 1  # clips in a micro-batch; x accumulate = 32 (paper: 32)
-    accumulate: int = 32  # micro-batches in a step
+    identity_batch: int = 8  # pairs in a micro-batch; x accumulate x processes = 256 (paper: 256)
+    motion_batch: int = 1  # clips in a micro-batch; x accumulate x processes = 32 (paper: 32)
+    accumulate: int = 32  # micro-batches in a step of each process
     lr: float = 5e-5  # of AdamW (paper: 5e-5)
     warmup: int = 200  # steps of linear warm-up, constant after it (paper: 200)
     betas: tuple[float, ...] = (0.9, 0.95)  # (paper: 0.9 0.95)
     eps: float = 1e-8  # (paper: 1e-8)
     weight_decay: float = 1e-4  # (paper: 1e-4)
     max_grad_norm: float = 1.0  # (paper: 1.0)
+    # looking
+    val_pairs: str = ""  # folder of pairs whose subjects are not trained on, for probe and validation
+    val_clips: str = ""  # folder of clips that are not trained on
+    val_batches: int = 4  # micro-batches in each of a task's two halves; 3 or more for intervals
+    val_every: int = 100  # steps between validation losses, where there is held-out data; 0: none
+    sample_every: int = 0  # steps between sample videos; 0: none
+    sample_manifest: str = ""  # what they show: lines {"prompt", "reference_file_name", "seed"}
+    sample_steps: int = 50  # their denoising steps
+    tensorboard: bool = False  # metrics also for TensorBoard (needs the package)
     # gradients
     pcgrad: Literal["none", "exact", "buffer-4", "buffer-8"] = "none"  # gradient surgery (paper: none)
     probe_every: int = 25  # steps between gradient probes; 0, or no held-out data: none (paper: 5 to 50)
-    probe_batches: int = 4  # micro-batches in each of a task's two halves; 3 or more for intervals
-    probe_pairs: str = ""  # folder of pairs whose subjects are not trained on
-    probe_clips: str = ""  # folder of clips that are not trained on
     # system
     out: str = "out/run"  # config.json, metrics.jsonl, samples, saves
     resume: bool = False  # go on from the newest save in --out
@@ -111,10 +115,7 @@ class Config:
     checkpoint_every: int = 1  # recompute every n-th block in backward, less memory for more time; 0: none
     save_every: int = 250  # steps
     keep: int = 3  # newest saves that stay
-    sample_every: int = 0  # steps between sample videos; 0: none
-    sample_ref: str = ""  # their reference picture
-    sample_prompt: str = ""  # their prompt
-    sample_steps: int = 50  # their denoising steps
+    shard: bool = False  # spread the model over all processes (FSDP2); else each holds all of it
 
 
 # ── THE METHOD ──────────────────────────────────────────────────────────────────────────────────────────
@@ -156,22 +157,23 @@ def draw_task(step: int, micro: int, cfg: Config) -> str:
     return "motion" if torch.rand((), generator=coin) < cfg.p_video else "identity"
 
 
-def probe_losses(
+def held_out_losses(
     held_out: dict[str, Rows], enc: Encoders, dit: nn.Module, schedule: Schedule, cfg: Config
-) -> list[Callable[[], Tensor]]:
+) -> dict[str, list[Callable[[], Losses]]]:
     """Do the tasks fight (sec. 4)? Both losses on rows never trained on, with draws that no step changes."""
-    losses, size = [], {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
+    losses, size = {}, {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
     for kind, (task, rows) in enumerate(held_out.items()):
-        for i, batch in enumerate(diagnostics.held_out(rows, cfg.probe_batches, size[task])):
+        losses[task] = []
+        for i, batch in enumerate(diagnostics.held_out(rows, cfg.val_batches, size[task])):
             # References are hidden in p_drop of the micro-batches by count: a coin for each of a few would
             # give the two halves of a task different objectives. No view drop.
-            n, p = i % cfg.probe_batches, cfg.p_drop
+            n, p = i % cfg.val_batches, cfg.p_drop
             p = int((n + 1) * p) - int(n * p) if cfg.dropout == "whole" else p
             recipe = dataclasses.replace(cfg, view_drop=0.0, p_drop=p)
             key = 0, PROBE, kind, i  # not of the run's seed, so that runs compare
             draw = partial(draws_of, key, [(*key, k) for k in range(size[task])])
             pair = PAIR_OF[task](batch, enc, recipe, draw())
-            losses.append(lambda pair=pair, draw=draw: denoising_loss(dit, schedule, pair, draw()).value)
+            losses[task].append(lambda pair=pair, draw=draw: denoising_loss(dit, schedule, pair, draw()))
     return losses
 
 
@@ -180,40 +182,7 @@ COIN, SAMPLE = range(2)  # the second number of a seed says what is drawn from i
 PROBE, SHARED = 4, 5
 
 
-# ── Looking at it ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def quarters(losses: list[Losses], train_steps: int) -> list[float | None]:
-    """Mean loss in each quarter of the noise range: the mean over all of it hides where it is learned."""
-    each, t = torch.cat([loss.each for loss in losses]), torch.cat([loss.t for loss in losses])
-    which = (t * 4 / train_steps).long().clamp(max=3)
-    return [each[which == q].mean().item() if (which == q).any() else None for q in range(4)]
-
-
-def mean(values: list[float | None]) -> str:
-    values = [value for value in values if value is not None]
-    return f"{sum(values) / len(values):.4f}" if values else "-"
-
-
-def log_line(rows: list[dict], steps: int) -> str:
-    """The newest row, then means over the last 100: of each task, and of this task by timestep quarter."""
-    now, recent = rows[-1], rows[-100:]
-    losses = {task: [row["loss"] for row in recent if row["task"] == task] for task in PAIR_OF}
-    own = [row["quarters"] for row in recent if row["task"] == now["task"]]
-    means = " ".join(f"{task} {mean(values)}" for task, values in losses.items())
-    by_t = " ".join(mean([row[q] for row in own]) for q in range(4))
-    return (
-        f"step {now['step'] + 1:>5}/{steps} {now['task']:<8} loss {now['loss']:.4f} | mean {means} "
-        f"| by t {by_t} | grad {now['grad_norm']:.3f} | {now['seconds']:.2f} s | {now['memory_gb']:.1f} GB"
-    )
-
-
-def peak_memory(device: str) -> float:
-    """GB: of the GPU's allocator, or of the process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+# ── The run ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def require_finite(loss: Losses, batch: dict, task: str, step: int) -> None:
@@ -226,67 +195,17 @@ def require_finite(loss: Losses, batch: dict, task: str, step: int) -> None:
         )
 
 
-# ── Saves ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def saves(out: Path) -> list[Path]:
-    return sorted(out.glob("step-*"))
-
-
-def save(
-    out: Path, dit: nn.Module, optimizer: torch.optim.Optimizer, surgery: diagnostics.Surgery,
-    step: int, taken: dict[str, int], keep: int,
-) -> Path:  # fmt: skip
-    """A folder that appears whole or not at all; older ones go only when it stands."""
-    final, temporary = out / f"step-{step:06d}", out / f".step-{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights.save_adapter(dit, temporary / "adapter.safetensors")
-    state = {"optimizer": optimizer.state_dict(), "step": step, "taken": taken}
-    state["past"] = {task: list(past) for task, past in surgery.past.items()}
-    torch.save(state, temporary / "training.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in saves(out)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
-FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "checkpoint_every"}
-FREE |= {"save_every", "keep"}
-FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_"))}
+FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "checkpoint_every", "save_every"}
+FREE |= {"keep", "shard", "tensorboard", "identity_batch", "motion_batch", "accumulate"}  # but see below
+FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
 
 
-def open_run(cfg: Config) -> Path | None:
-    """Make the output folder, or with --resume compare the settings and return the newest save."""
-    out, kept = Path(cfg.out), saves(Path(cfg.out))
+def kept_settings(cfg: Config, world: int) -> dict:
+    """What all parts of a run have in common: the batch of a step, however cut, and what is not FREE."""
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
-    settings = json.loads(json.dumps(settings))
-    if not cfg.resume:
-        if kept:
-            raise FileExistsError(f"{out}: holds a run, {kept[-1].name}; give --resume or another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").write_text("")
-        (out / "probes.jsonl").unlink(missing_ok=True)
-        (out / "config.json").write_text(json.dumps(settings, indent=2))
-        return None
-    if not kept:
-        raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
-    before = json.loads((out / "config.json").read_text())
-    changed = [f"{n} was {before.get(n)!r}, is {v!r}" for n, v in settings.items() if before.get(n) != v]
-    if changed:
-        raise ValueError(f"{out}: a resumed run keeps its settings; changed: {'; '.join(changed)}")
-    return kept[-1]
-
-
-def cut_back(path: Path, step: int) -> list[dict]:
-    """Leave a JSONL file the rows of the steps before this one; a killed process may have torn the last."""
-    if not path.exists():
-        return []
-    rows = [row for row in map(json.loads, path.read_text().split("\n")[:-1]) if row["step"] < step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    batches = {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
+    return settings | {"batch": {task: n * cfg.accumulate * world for task, n in batches.items()}}
 
 
 # ── The script ──────────────────────────────────────────────────────────────────────────────────────────
@@ -294,6 +213,9 @@ def cut_back(path: Path, step: int) -> list[dict]:
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    rank, world, device = parallel.start(cfg.device)
+    cfg = dataclasses.replace(cfg, device=device)
+    say = print if rank == 0 else lambda *words: None
 
     # 1. What is asked for, checked before anything slow: sizes, and every row of the data.
     layout = weights.open_backbone(cfg.backbone)
@@ -306,11 +228,11 @@ def main() -> None:
         data["identity"] = Pairs(cfg.pairs, *sides, cfg.cls_token, cfg.crop_jitter)
     if cfg.p_video > 0:
         data["motion"] = Clips(cfg.clips, cfg.frames, cfg.fps, *sides, cfg.window)
-    if bool(cfg.probe_pairs) != bool(cfg.probe_clips):
-        raise ValueError("--probe-pairs and --probe-clips belong together: a probe compares both tasks")
-    if cfg.probe_every and cfg.probe_pairs:
-        held_out["identity"] = Pairs(cfg.probe_pairs, *sides, cfg.cls_token)
-        held_out["motion"] = Clips(cfg.probe_clips, cfg.frames, cfg.fps, *sides)
+    if bool(cfg.val_pairs) != bool(cfg.val_clips):
+        raise ValueError("--val-pairs and --val-clips belong together: a probe compares both tasks")
+    if cfg.val_pairs:
+        held_out["identity"] = Pairs(cfg.val_pairs, *sides, cfg.cls_token)
+        held_out["motion"] = Clips(cfg.val_clips, cfg.frames, cfg.fps, *sides)
         diagnostics.check_unseen(held_out.values(), data.values())
     folders = (*data.values(), *held_out.values())
     for folder in folders:
@@ -319,22 +241,28 @@ def main() -> None:
         raise ValueError("--cache keeps one view of a file: leave out --crop-jitter and --window random")
     if cfg.pcgrad != "none" and (cfg.coin != "step" or not 0 < cfg.p_video < 1):
         raise ValueError("--pcgrad needs both tasks, one in a step: 0 < --p-video < 1 and --coin step")
-    shot = sample.with_defaults(
+    if cfg.shard and (cfg.pcgrad != "none" or (cfg.probe_every and held_out)):
+        raise ValueError("--shard splits every gradient over processes: use --pcgrad none --probe-every 0")
+    film = sample.with_defaults(
         sample.Config(
-            backbone=cfg.backbone, prompt=(cfg.sample_prompt,), seed=(cfg.seed,), steps=cfg.sample_steps,
-            height=cfg.height, width=cfg.width, frames=cfg.frames, fps=cfg.fps, device=cfg.device,
+            backbone=cfg.backbone, prompt=(), steps=cfg.sample_steps, height=cfg.height, width=cfg.width,
+            frames=cfg.frames, fps=cfg.fps, device=cfg.device,
         ), layout,
     )  # fmt: skip
-    shot_picture = fit(read_image(cfg.sample_ref), cfg.height, cfg.width) if cfg.sample_every else None
-    newest = open_run(cfg)
-    out = Path(cfg.out)
+    shots = read_shots(cfg.sample_manifest) if cfg.sample_every else []
+    pictures = [shot.ref and fit(read_image(shot.ref), *sides) for shot in shots]
+    out, settings = Path(cfg.out), kept_settings(cfg, world)
+    if cfg.resume:
+        runs.require_same(out, settings)
+    elif rank == 0:
+        runs.begin(out, settings)
 
     # 2. The frozen eyes and ears. A latent is the mean of the VAE's posterior, so a picture always looks the
     #    same; samples go through one by one, so that rounding does not depend on the batch they are in.
     dtype = getattr(torch, cfg.dtype)
 
     def networks() -> Networks:
-        eyes = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts=("vae", "text"))
+        eyes = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae", "text"), say)
 
         @torch.no_grad()
         def video(clips: Tensor) -> Tensor:
@@ -345,8 +273,8 @@ def main() -> None:
     ref_tokens = cfg.height * cfg.width // (layout.spatial_ratio * layout.patch) ** 2
     if cfg.cache:  # they are needed once, and leave the memory before the transformer comes
         store = Cache(cfg.cache, weights.sources(layout, ("vae", "text")), cfg.dtype, cfg.cache_frames)
-        prompts = {rows.prompt(row) for rows in folders for row in rows.rows} | {"", cfg.sample_prompt}
-        print(store.fill(folders, prompts, networks))
+        prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
+        say(store.fill(folders, prompts | {"", *(shot.prompt for shot in shots)}, networks, rank, world))
         data, held_out = ({task: Cached(rows, store) for task, rows in d.items()} for d in (data, held_out))
         move = partial(Tensor.to, device=cfg.device)
         enc = Encoders(move, lambda prompts: move(store.text(prompts)), ref_tokens)
@@ -354,13 +282,14 @@ def main() -> None:
         enc = Encoders(*networks(), ref_tokens)
 
     # 3. The pretrained transformer, frozen, and the LoRA in it: the only thing that learns.
-    parts = ("dit", "vae") if cfg.sample_every else ("dit",)
-    backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts)
+    parts = ("dit", "vae") if shots else ("dit",)
+    backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts, say)
     dit, schedule = backbone.dit, dataclasses.replace(backbone.schedule, train_shift=cfg.t_shift)
     dit.checkpoint_every = cfg.checkpoint_every
     torch.manual_seed(cfg.seed)
+    newest, state = runs.newest_whole(out, say) if cfg.resume else (None, {})
     if newest or cfg.adapter:
-        print(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
+        say(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     else:
         places = dit.lora_targets if cfg.lora_tokens == "all" else dit.visual_targets
         add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or places)
@@ -369,92 +298,117 @@ def main() -> None:
     place_reference(dit, cfg.ref_position or dit.ref_position)
     for module in lora_modules(dit).values():
         module.dropout = cfg.lora_dropout
+    if cfg.shard:
+        parallel.shard(dit)
     params = lora_parameters(dit)
-    print(f"LoRA: {len(params) // 2} modules, {sum(p.numel() for p in params.values()):,} parameters")
+    say(f"LoRA: {len(params) // 2} modules, {sum(p.numel() for p in params.values()):,} parameters")
     # Precision has one owner, here: the frozen networks run in --dtype, because their activations fill the
     # memory; the LoRA and AdamW's moments stay fp32, because their updates are too small for bf16.
-    print(f"precision: networks {cfg.dtype}; LoRA, AdamW, noise and loss float32")
+    say(f"precision: networks {cfg.dtype}; LoRA, AdamW, noise and loss float32")
     optimizer = torch.optim.AdamW(params.values(), cfg.lr, tuple(cfg.betas), cfg.eps, cfg.weight_decay)
     surgery = diagnostics.Surgery(params.values(), cfg.pcgrad, cfg.p_video)
-    probe = probe_losses(held_out, enc, dit, schedule, cfg)
-    if cfg.sample_every:
-        with torch.no_grad():
-            shot_ref = backbone.vae.encode(shot_picture[None, :, None].to(cfg.device, dtype))
+    held = held_out_losses(held_out, enc, dit, schedule, cfg)
+    probe = [partial(lambda loss: loss().value, loss) for losses in held.values() for loss in losses]
+    encode = partial(lambda vae, x: vae.encode(x[None, :, None].to(cfg.device, dtype)), backbone.vae)
+    with torch.no_grad():
+        refs = [None if picture is None else encode(picture) for picture in pictures]
 
-    # 4. Where the run stands. Draws have no state: the step, and the batches taken so far, are all of it.
-    first, taken, rows = 0, dict.fromkeys(PAIR_OF, 0), []
+    # 4. Where the run stands. Draws have no state: the step, and the samples seen so far, are all of it.
+    first, seen, history = 0, dict.fromkeys(PAIR_OF, 0), []
     if newest:
-        state = torch.load(newest / "training.pt", map_location=cfg.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        first, taken = state["step"], state["taken"]
+        parallel.load_optimizer(dit, optimizer, state["optimizer"])
+        first, seen = state["step"], state["samples"]
         surgery.restore(state["past"])
-        rows = cut_back(out / "metrics.jsonl", first)
-        cut_back(out / "probes.jsonl", first)
-        print(f"resumed from {newest}")
+        if rank == 0:
+            history = runs.cut_back(out / "metrics.jsonl", first)
+            for name in ("probes", "validation"):
+                runs.cut_back(out / f"{name}.jsonl", first)
+        say(f"resumed from {newest}")
     size = {"identity": cfg.identity_batch, "motion": cfg.motion_batch}
+    place = rank, world, cfg.workers, cfg.device
     feeds = {
-        task: batches(folder, size[task], cfg.seed, taken[task], workers=cfg.workers, device=cfg.device)
-        for task, folder in data.items()
+        task: batches(rows, size[task], cfg.seed, seen[task] // (size[task] * world), *place)
+        for task, rows in data.items()
     }
-    metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (open as long as the run)
+    journal = Journal(out, cfg.tensorboard)
+
+    def save(step: int) -> None:
+        """All ranks give their share, rank 0 writes."""
+        lora = {name: parallel.whole(p) for name, p in params.items()}
+        state = {"optimizer": parallel.optimizer_state(dit, optimizer), "step": step, "samples": seen}
+        state["past"] = {task: list(past) for task, past in surgery.past.items()}
+        if rank == 0:
+            runs.write_save(out, step, partial(weights.save_adapter, dit, lora=lora), state, cfg.keep)
+        parallel.wait()
 
     # 5. Train.
     dit.train()
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step")
+    asked_to_stop = parallel.on_sigterm(cfg.device)
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=rank > 0)
+    tell = bar.write if rank == 0 else say
     for step in bar:
         # Once in a while: a save, a look.
         if step > first and step % cfg.save_every == 0:
-            save(out, dit, optimizer, surgery, step, taken, cfg.keep)
-        if probe and step % cfg.probe_every == 0:
+            save(step)
+        if probe and cfg.probe_every and step % cfg.probe_every == 0:
             row = {"step": step} | diagnostics.probe(dit, probe)
-            with open(out / "probes.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            bar.write(diagnostics_report.line(row))
-        if cfg.sample_every and step % cfg.sample_every == 0:
-            dit.eval()
-            texts = enc.text([cfg.sample_prompt]), enc.text([""])
-            (clip,) = sample.generate(backbone, *texts, shot_ref, shot, [cfg.seed])
-            write_video(out / "samples" / f"step-{step:06d}.mp4", clip, cfg.fps)
-            dit.train()
+            journal.write("probes", row)
+            tell(diagnostics_report.line(row))
+        if held and cfg.val_every and step % cfg.val_every == 0:
+            for task, losses in held.items():
+                with diagnostics.untouched(dit):
+                    row = {"step": step, "task": task} | validate(losses, schedule.train_steps)
+                journal.write("validation", row)
+                tell(f"held out, {task}: loss {row['loss']:.4f} | by t {by_quarter([row])}")
+        if shots and step % cfg.sample_every == 0:
+            # Every rank films its share; where the model is sharded, spare ranks film along.
+            with diagnostics.untouched(dit):
+                for start in range(0, len(shots), world):
+                    i = min(start + rank, len(shots) - 1)
+                    texts = enc.text([shots[i].prompt]), enc.text([""])
+                    (clip,) = sample.generate(backbone, *texts, refs[i], film, [shots[i].seed])
+                    if i == start + rank:
+                        write_video(out / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)
 
         # ┌────────────────────────────────────────────────────────────────────────────────────────────┐
-        start, seen = time.perf_counter(), {}
+        start, losses = time.perf_counter(), {}
         for micro in range(cfg.accumulate * (2 if cfg.pcgrad == "exact" else 1)):
             task = draw_task(step, micro, cfg)
             batch, kind = next(feeds[task]), list(PAIR_OF).index(task)
-            samples = range(taken[task] * size[task], (taken[task] + 1) * size[task])
-            draws = draws_of((cfg.seed, SHARED, step, micro), [(cfg.seed, SAMPLE, kind, k) for k in samples])
-            taken[task] += 1
-            torch.manual_seed(draws.shared.initial_seed())  # LoRA dropout draws from the global generator
+            own = range(seen[task] + rank * size[task], seen[task] + (rank + 1) * size[task])
+            draws = draws_of((cfg.seed, SHARED, step, micro), [(cfg.seed, SAMPLE, kind, k) for k in own])
+            seen[task] += world * size[task]
+            torch.manual_seed(draws.shared.initial_seed() + rank)  # LoRA dropout draws from torch's own
             loss = denoising_loss(dit, schedule, PAIR_OF[task](batch, enc, cfg, draws), draws)
             require_finite(loss, batch, task, step)
             (loss.value / cfg.accumulate).backward()
             surgery.take(task)
-            seen.setdefault(task, []).append(loss)
-        surgery.put()
-        grad_norm = nn.utils.clip_grad_norm_(params.values(), cfg.max_grad_norm)
+            losses.setdefault(task, []).append(loss)
+        surgery.put()  # the mean over all ranks
+        grad_norm = parallel.whole(nn.utils.clip_grad_norm_(params.values(), cfg.max_grad_norm))
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # └────────────────────────────────────────────────────────────────────────────────────────────┘
 
-        for task, losses in seen.items():
-            row = {
-                "step": step, "task": task, "loss": torch.cat([loss.each for loss in losses]).mean().item(),
-                "quarters": quarters(losses, schedule.train_steps), "grad_norm": grad_norm.item(),
-                "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start,
-                "memory_gb": peak_memory(cfg.device),
-            }  # fmt: skip
-            rows.append(row)
-            metrics.write(json.dumps(row) + "\n")
-        bar.write(log_line(rows, cfg.steps))
+        for task in losses:
+            row = {"step": step, "task": task} | loss_row(losses[task], schedule.train_steps)
+            row |= {"grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            row |= {"seconds": time.perf_counter() - start, "memory_gb": peak_memory(cfg.device)}
+            journal.write("metrics", row)
+            history.append(row)
+        tell(log_line(history, cfg.steps))
+        if asked_to_stop():
+            save(step + 1)
+            say(f"stopped by SIGTERM after step {step + 1}; --resume goes on from there")
+            return
 
     # 6. The end: the adapter, ready for sample.py and for diffusers.
     bar.close()
-    if probe:
+    if probe and cfg.probe_every and rank == 0:
         print(diagnostics_report.cost(out))
-    final = save(out, dit, optimizer, surgery, cfg.steps, taken, cfg.keep)
-    print(f"adapter: {final / 'adapter.safetensors'}")
+    save(cfg.steps)
+    say(f"adapter: {runs.saves(out)[-1] / 'adapter.safetensors'}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sdv import parallel
 from sdv.data import Pairs, Row, Rows
 from sdv.files import Hashes, digest, write_whole
 from sdv.media import from_uint8
@@ -127,12 +128,13 @@ class Cache:
                 entries |= set(fields.values())
                 if missing := {f: name for f, name in fields.items() if name not in self.shards}:
                     jobs.append(Job(rows, index, missing))
-        texts = {self.text_name(prompt): prompt for prompt in prompts}
+        texts = {self.text_name(prompt): prompt for prompt in sorted(prompts)}  # the same order everywhere
         new_texts = [(name, prompt) for name, prompt in texts.items() if name not in self.shards]
         new = sum(len(job.fields) for job in jobs)
         said = f"cache: new are {new} of {len(entries)} latents and {len(new_texts)} of {len(texts)} prompts"
         if self.shards.damaged:
             said += f"; {self.shards.damaged} damaged shards were removed"
+        parallel.wait()  # all ranks cut the same list: nobody writes before everybody has looked
         if jobs or new_texts:
             networks = load()
             try:
@@ -141,6 +143,8 @@ class Cache:
                 self._encode(jobs[rank::world], networks.video, rank)
             finally:
                 self.shards.flush()
+            parallel.wait()
+            self.shards.refresh()
         return said
 
     def _encode(self, jobs: list[Job], encode: Callable[[Tensor], Tensor], rank: int) -> None:

@@ -35,6 +35,7 @@ from torch.utils.data import default_collate
 
 from sdv.data import Rows
 from sdv.lora import LoRA, lora_modules, lora_parameters
+from sdv.parallel import average, ranks
 from sdv.seeds import generator
 
 TASKS = ("identity", "motion")
@@ -92,12 +93,6 @@ def untouched(dit: nn.Module) -> Iterator[None]:
         yield
     for module, mode in modes.items():
         module.training = mode
-
-
-def ranks() -> tuple[int, int]:
-    """This process and how many there are."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
 
 
 def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -323,11 +318,10 @@ class Surgery:
     def put(self) -> None:
         """Average over ranks, project, write .grad."""
         if self.mode == "none":
+            average(p.grad for p in self.params)
             return
         fresh, self.fresh = self.fresh, {}
-        for g in (g for grads in fresh.values() for g in grads if ranks()[1] > 1):
-            dist.all_reduce(g)
-            g /= ranks()[1]
+        average(g for grads in fresh.values() for g in grads)
         if self.mode == "exact":
             identity, motion = (fresh[task] for task in TASKS)
             pairs = zip(project(identity, motion), project(motion, identity), strict=True)

@@ -41,7 +41,7 @@ def read(run: str | Path) -> list[dict]:
     """The probes of a run, in order. A last line that is still being written is left out."""
     path = Path(run) / "probes.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no probes; train with --probe-pairs and --probe-clips")
+        raise FileNotFoundError(f"{path}: no probes; train with --val-pairs and --val-clips")
     rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     if not rows:
         raise ValueError(f"{path}: no probe is finished yet; wait for the first")

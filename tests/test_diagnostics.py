@@ -314,7 +314,8 @@ def test_references_are_hidden_equally_often_in_both_halves():
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(train.PAIR_OF, "motion", motion)
             cfg = train.Config(view_drop=1.0, identity_batch=1, **settings)
-            return [loss.__defaults__[0] for loss in train.probe_losses(held_out, enc, None, None, cfg)]
+            found = train.held_out_losses(held_out, enc, None, None, cfg)
+            return [loss.__defaults__[0] for task in found for loss in found[task]]
 
     for p_drop, hidden in ((0.5, 2), (0.0, 0), (1.0, 4), (0.25, 1)):
         gone = [pair.keep is not None and not len(pair.keep) for pair in pairs(p_drop=p_drop)]

@@ -33,7 +33,7 @@ def run(monkeypatch, tiny, tmp_path):
         (tmp_path / kind).mkdir()
         for file in (MEDIA / kind).iterdir():
             (tmp_path / kind / file.name).write_bytes(file.read_bytes())
-    probing = {"--probe-pairs": tmp_path / "pairs", "--probe-clips": tmp_path / "clips", "--probe-batches": 3}
+    probing = {"--val-pairs": tmp_path / "pairs", "--val-clips": tmp_path / "clips", "--val-batches": 3}
 
     def train_into(name: str, **settings) -> Path:
         flags = {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
@@ -120,8 +120,8 @@ def test_the_exact_form_takes_both_tasks_in_a_step_and_needs_both(run):
 
 
 def test_half_of_the_held_out_data_is_refused(run):
-    with pytest.raises(ValueError, match="--probe-pairs and --probe-clips"):
-        run("bad", steps=1, probe_clips=None)
+    with pytest.raises(ValueError, match="--val-pairs and --val-clips"):
+        run("bad", steps=1, val_clips=None)
 
 
 # Several processes
@@ -201,5 +201,5 @@ def test_the_report_of_runs_side_by_side_live_or_with_gaps(tmp_path, monkeypatch
 
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "empty")])
-    with pytest.raises(SystemExit, match="no probes; train with --probe-pairs"):
+    with pytest.raises(SystemExit, match="no probes; train with --val-pairs"):
         diagnostics_report.main()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import sample
 import train
 import weights
+from sdv import runs
 from sdv.data import Clips, Pairs
 from sdv.objectives import denoising_loss, draws_of
 
@@ -42,7 +43,7 @@ def state(out: Path, step: int) -> tuple[dict, dict]:
     folder = out / f"step-{step:06d}"
     training = torch.load(folder / "training.pt", weights_only=True)
     moments = {f"{i}.{k}": v for i, entry in training["optimizer"]["state"].items() for k, v in entry.items()}
-    return load_file(folder / "adapter.safetensors") | moments, training["taken"]
+    return load_file(folder / "adapter.safetensors") | moments, training["samples"]
 
 
 def assert_same(a: Path, b: Path, step: int) -> None:
@@ -59,10 +60,14 @@ def losses(out: Path) -> list[tuple]:
 
 def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_path):
     out = tmp_path / "run"
-    look = {"--sample-every": 25, "--sample-ref": MEDIA / "pairs" / "lawn.jpg", "--sample-prompt": "a dog"}
-    look |= {"--sample-steps": 2}
+    manifest = tmp_path / "shots.jsonl"
+    ref = os.path.relpath(MEDIA / "pairs" / "lawn.jpg", tmp_path)
+    manifest.write_text(json.dumps({"prompt": "a dog", "reference_file_name": ref}) + '\n{"prompt": "a cat"}')
+    look = {"--sample-every": 25, "--sample-manifest": manifest, "--sample-steps": 2}
     run(monkeypatch, train, {"--backbone": tiny, "--out": out, "--steps": 40, **RUN, **look})
-    assert [v.name for v in sorted((out / "samples").iterdir())] == ["step-000000.mp4", "step-000025.mp4"]
+    assert [v.name for v in sorted((out / "samples").iterdir())] == [
+        f"step-{step:06d}-{shot:02d}.mp4" for step in (0, 25) for shot in (0, 1)
+    ]
     before, after = fixed_losses(tiny, None), fixed_losses(tiny, out / "step-000040" / "adapter.safetensors")
     assert after["identity"] < 0.9 * before["identity"]
     assert after["motion"] < 0.9 * before["motion"]
@@ -143,7 +148,7 @@ def test_a_killed_process_resumes_bit_for_bit(tiny, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    last = train.saves(killed)[-1]
+    last = runs.saves(killed)[-1]
     steps = int(last.name.removeprefix("step-")) + 3
     subprocess.run(command(killed, steps, "--resume"), check=True, **quiet)
     subprocess.run(command(whole, steps), check=True, **quiet)

@@ -1,0 +1,96 @@
+"""One process, or the many that torchrun started: which one this is, and what all of them know together."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def start(device: str) -> tuple[int, int, str]:
+    """(rank, world, device): join the group that torchrun describes in the environment, if it does."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return *ranks(), device
+
+
+def ranks() -> tuple[int, int]:
+    """This process and how many there are."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks. A sharded model's gradients are that already."""
+    world = ranks()[1]
+    tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    if world > 1:
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+        for tensor in tensors:
+            tensor /= world
+
+
+def gather(x: Tensor) -> Tensor:
+    """All ranks' tensors of one shape, after each other."""
+    world = ranks()[1]
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def anywhere(flag: bool, device: str) -> bool:
+    """Whether it is true on any rank."""
+    return bool(gather(torch.tensor([flag], device=device)).any())
+
+
+def on_sigterm(device: str) -> Callable[[], bool]:
+    """From now on SIGTERM ends nothing: the function returned says whether any rank has got one."""
+    got = []
+    signal.signal(signal.SIGTERM, lambda *_: got.append(True))
+    return lambda: anywhere(bool(got), device)
+
+
+def shard(dit: nn.Module) -> None:
+    """Spread the weights of a transformer, frozen and trained, over all ranks (FSDP2), block by block."""
+    if ranks()[1] == 1:
+        raise ValueError("--shard spreads the model over processes: start them with torchrun")
+    for block in dit.blocks:
+        fully_shard(block)
+    fully_shard(dit)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank; all ranks have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_state(dit: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """By parameter name, on the CPU, the same for any number of ranks."""
+    return get_optimizer_state_dict(dit, optimizer, options=WHOLE)
+
+
+def load_optimizer(dit: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    set_optimizer_state_dict(dit, optimizer, state, options=WHOLE)

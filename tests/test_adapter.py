@@ -1,0 +1,476 @@
+"""Adapters between formats: the same update of every weight for us, for diffusers and for peft."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import TINY_DIT, relative_error
+from safetensors.torch import load_file, save_file
+
+import weights
+from sdv.cogvideox_dit import CogVideoXDiT
+from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
+from sdv.lora import merge as merge_lora
+from sdv.wan_dit import WanDiT
+from weights import adapter, cogvideox, formats, wan
+from weights import tiny as tiny_models
+from weights.tensors import rename, reverse, save_module
+
+quiet = lambda line: None  # noqa: E731
+TINY = {CogVideoXDiT: TINY_DIT, WanDiT: tiny_models.WAN_CONFIGS["transformer/config.json"]}
+BUILD = {
+    CogVideoXDiT: lambda: CogVideoXDiT(cogvideox.dit_config(TINY[CogVideoXDiT])),
+    WanDiT: lambda: WanDiT(wan.dit_config(TINY[WanDiT])),
+}
+FAMILIES = pytest.mark.parametrize("family", BUILD, ids=formats.label)
+
+
+def randomised(dit, groups):
+    """Random LoRAs; groups: (rank, alpha, targets)."""
+    for rank, alpha, targets in groups:
+        add_lora(dit, rank, alpha, targets)
+    torch.manual_seed(1)
+    for parameter in lora_parameters(dit).values():
+        parameter.data = torch.randn_like(parameter)
+    return dit
+
+
+# DiffSynth multiplies matrices alone: without the convolution of CogVideoX's patches.
+LEFT_OUT = {"diffsynth": ("patch_in",)}
+
+
+def plain(family, left_out=()):
+    """One rank, one alpha, at a scale that no binary fraction equals."""
+    dit = BUILD[family]()
+    return randomised(dit, [(6, 4.0, tuple(target for target in dit.lora_targets if target not in left_out))])
+
+
+def mixed(family, left_out=()):
+    """A rank and an alpha for every kind of layer, most of them unlike the others."""
+    dit = BUILD[family]()
+    targets = [target for target in dit.lora_targets if target not in left_out]
+    return randomised(dit, [(2 + i // 2, 1.7 + i, (target,)) for i, target in enumerate(targets)])
+
+
+def deltas(dit):
+    return {path: module.delta().detach() for path, module in lora_modules(dit).items()}
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for path in wanted:
+        assert relative_error(found[path], wanted[path]) <= 1e-6, path
+
+
+def target_of(folder, format):
+    return folder / (format if format == "peft" else f"{format}.safetensors")
+
+
+# -------------------------------------------------------------------------------------- there and back
+@FAMILIES
+@pytest.mark.parametrize("make", [plain, mixed])
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_every_format_brings_back_every_update_and_the_notes(family, make, format, tmp_path):
+    dit = make(family, LEFT_OUT.get(format, ()))
+    dit.ref_position = dit.ref_positions[-1]
+    weights.save_adapter(dit, target_of(tmp_path, format), format)
+    again = BUILD[family]()
+    again.ref_position = "elsewhere"
+    with torch.device("meta"):  # as the scripts try an adapter before they load a model
+        weights.load_adapter(BUILD[family](), target_of(tmp_path, format))
+    line = weights.load_adapter(again, target_of(tmp_path, format))
+    assert_same(deltas(again), deltas(dit))
+    assert ("the rank, as always in DiffSynth" if format == "diffsynth" else "from the file") in line
+    assert again.ref_position == dit.ref_positions[-1]
+    assert all(parameter.requires_grad for parameter in lora_parameters(again).values())
+    assert formats.read(target_of(tmp_path, format)).format == format
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_every_format_remembers_that_a_lora_acts_on_the_reference_alone(format, tmp_path):
+    dit = BUILD[WanDiT]()
+    randomised(dit, [(4, 3.0, dit.visual_targets)])
+    act_on_reference(dit)
+    weights.save_adapter(dit, target_of(tmp_path, format), format)
+    again = BUILD[WanDiT]()
+    weights.load_adapter(again, target_of(tmp_path, format))
+    assert all(module.tokens is not None for module in lora_modules(again).values())
+
+
+@FAMILIES
+def test_a_walk_through_all_formats_changes_no_update(family, tmp_path, monkeypatch, capsys):
+    dit = mixed(family, LEFT_OUT["diffsynth"])
+    source = tmp_path / "start.safetensors"
+    weights.save_adapter(dit, source)
+    for format in formats.FORMATS:
+        command(monkeypatch, "convert", source, target_of(tmp_path, format), "--format", format)
+        source = target_of(tmp_path, format)
+    again = BUILD[family]()
+    weights.load_adapter(again, source)
+    assert_same(deltas(again), deltas(dit))
+    assert "(from the file)" in capsys.readouterr().out
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["adapter", *map(str, arguments)])
+    adapter.main()
+
+
+@pytest.mark.parametrize("alpha", [2.0, 3.0], ids=["power of two", "other"])
+def test_folding_the_scale_into_a_bf16_file_rounds_nothing(alpha, tmp_path):
+    dit = BUILD[WanDiT]()
+    randomised(dit, [(4, alpha, dit.lora_targets)])
+    for parameter in lora_parameters(dit).values():
+        parameter.data = parameter.data.bfloat16()
+    weights.save_adapter(dit, tmp_path / "a.safetensors", "diffsynth")
+    again = BUILD[WanDiT]()
+    weights.load_adapter(again, tmp_path / "a.safetensors")
+    assert_same(deltas(again), deltas(dit))
+    stored = {tensor.dtype for tensor in load_file(tmp_path / "a.safetensors").values()}
+    assert stored == ({torch.bfloat16} if alpha == 2.0 else {torch.bfloat16, torch.float32})
+
+
+# ----------------------------------------------------------------------- ours, read by diffusers and peft
+def stock(family):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    kind = {CogVideoXDiT: diffusers.CogVideoXTransformer3DModel, WanDiT: diffusers.WanTransformer3DModel}
+    return kind[family](**{key: value for key, value in TINY[family].items() if key != "_class_name"})
+
+
+def stock_deltas(model, family, adapter_name="default_0"):
+    names = formats.LAYERS[family]["diffusers"]
+    return {
+        rename(f"{path.removeprefix('base_model.model.')}.weight", names).removesuffix(".weight"): (
+            module.get_delta_weight(adapter_name).detach()
+        )
+        for path, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def through_diffusers(file, family):
+    """The updates of a file in stock diffusers' load_lora_weights."""
+    import diffusers
+
+    model = stock(family)
+    kind = {CogVideoXDiT: diffusers.CogVideoXPipeline, WanDiT: diffusers.WanPipeline}[family]
+    kind(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=model).load_lora_weights(
+        str(file.parent), weight_name=file.name
+    )
+    return stock_deltas(model, family)
+
+
+@pytest.mark.parametrize("make", [plain, mixed])
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        (CogVideoXDiT, "diffusers"),
+        (CogVideoXDiT, "diffusers-old"),
+        (WanDiT, "diffusers"),
+        (WanDiT, "diffusers-old"),
+        (WanDiT, "comfyui"),
+        (WanDiT, "kohya"),
+    ],
+)
+def test_stock_diffusers_applies_the_same_updates(family, make, format, tmp_path):
+    stock(family)
+    dit = make(family)
+    weights.save_adapter(dit, target_of(tmp_path, format), format)
+    assert_same(through_diffusers(target_of(tmp_path, format), family), deltas(dit))
+
+
+def test_diffsynth_files_in_diffusers_by_the_renaming_that_users_do(tmp_path):
+    stock(WanDiT)
+    dit = mixed(WanDiT)
+    weights.save_adapter(dit, tmp_path / "a.safetensors", "diffsynth")
+    renamed = {
+        f"diffusion_model.{key.replace('.default', '')}": tensor
+        for key, tensor in load_file(tmp_path / "a.safetensors").items()
+    }
+    save_file(renamed, tmp_path / "b.safetensors")
+    assert_same(through_diffusers(tmp_path / "b.safetensors", WanDiT), deltas(dit))
+    again = BUILD[WanDiT]()
+    line = weights.load_adapter(again, tmp_path / "b.safetensors")
+    assert "the rank, as ComfyUI reads a file without it" in line
+    assert_same(deltas(again), deltas(dit))
+
+
+@FAMILIES
+@pytest.mark.parametrize("make", [plain, mixed])
+def test_peft_applies_the_same_updates_from_our_folder(family, make, tmp_path):
+    model, dit = stock(family), make(family)
+    import peft
+
+    weights.save_adapter(dit, tmp_path / "folder", "peft")
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "folder")
+    assert_same(stock_deltas(model, family, "default"), deltas(dit))
+
+
+@FAMILIES
+def test_a_models_own_loader_in_diffusers_applies_the_same_updates(family, tmp_path):
+    dit = mixed(family)
+    # Without weight_name it drops a file's metadata, and takes alpha to be the rank: only a format in which
+    # it is can come through.
+    for format, options in (("diffusers", {"weight_name": "diffusers.safetensors"}), ("diffusers-old", {})):
+        model, file = stock(family), target_of(tmp_path, format)
+        weights.save_adapter(dit, file, format)
+        model.load_lora_adapter(str(tmp_path) if options else str(file), **options)
+        assert_same(stock_deltas(model, family), deltas(dit))
+
+
+def test_cogvideox_in_comfyui_has_the_names_of_its_converter(tmp_path):
+    # ComfyUI's model is diffusers' with these replacements; its LoRA keys are its weights' names.
+    names = ("transformer_blocks.", "blocks."), ("attn1.to_out.0", "attn_out"), ("attn1.to_", "")
+    names += ("ff.net.0.proj", "ff_proj"), ("ff.net.2", "ff_out"), ("time_embedding.", "time_embedding_")
+    dit = BUILD[CogVideoXDiT]()
+    randomised(dit, [(4, 2.0, (*dit.lora_targets, "time_in.linear_1", "mod_out", "proj_out"))])
+    wanted = set()
+    for path in lora_modules(dit):
+        theirs = rename(f"{path}.weight", reverse(cogvideox.DIT_NAMES)).removesuffix(".weight")
+        for old, new in names:
+            theirs = theirs.replace(old, new)
+        wanted |= {f"diffusion_model.{theirs}.{leaf}" for leaf in ("lora_A.weight", "lora_B.weight", "alpha")}
+    weights.save_adapter(dit, tmp_path / "a.safetensors", "comfyui")
+    assert load_file(tmp_path / "a.safetensors").keys() == wanted
+
+
+# ------------------------------------------------------------------------------------- theirs, read by us
+@FAMILIES
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_and_diffusers_save_has_the_same_updates_here(family, rslora, tmp_path):
+    model = stock(family)
+    import peft
+
+    patterns = (
+        {} if rslora else {"rank_pattern": {r"attn1\.to_k": 5}, "alpha_pattern": {r".*1\.attn1\.to_k": 9}}
+    )
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "net.2"], use_rslora=rslora,
+        init_lora_weights=False, **({} if rslora else patterns),
+    )  # fmt: skip
+    model.add_adapter(config)
+    model.save_lora_adapter(tmp_path / "bare", weight_name="a.safetensors")
+    wrapped = peft.get_peft_model(stock(family), config)
+    wrapped.save_pretrained(tmp_path / "folder")
+    for source, wanted in (
+        (tmp_path / "bare" / "a.safetensors", stock_deltas(model, family, "default")),
+        (tmp_path / "folder", stock_deltas(wrapped, family, "default")),
+        (tmp_path / "folder" / "adapter_model.safetensors", stock_deltas(wrapped, family, "default")),
+    ):
+        dit = BUILD[family]()
+        weights.load_adapter(dit, source)
+        assert_same(deltas(dit), wanted)
+
+
+def pair(rank=4, out=128, fan_in=128, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, fan_in, generator=rng), torch.randn(out, rank, generator=rng)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [
+        ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", "lora_up.weight", True),
+        ("diffusion_model.blocks.0.attn1.to_q.lora_A.default.weight", "lora_B.default.weight", True),
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "lora_up.weight", True),
+        ("blocks.0.self_attn.q.lora_A.default.weight", "lora_B.default.weight", False),
+        ("pipe.dit.blocks.0.self_attn.q.lora_A.default.weight", "lora_B.default.weight", False),
+        ("base_model.model.blocks.0.self_attn.q.lora_A.weight", "lora_B.weight", None),
+        ("blocks.0.self_attn.q.lora_A.weight", "lora_B.weight", None),
+        ("transformer.blocks.0.attn1.to_q.lora_A.default.weight", "lora_B.default.weight", None),
+        ("transformer.blocks.0.attn1.to_q.lora.down.weight", "lora.up.weight", None),
+    ],
+)
+def test_keys_as_people_have_them(down, up, alpha, tmp_path):
+    """alpha: in the file, the rank by convention, or (None) nowhere."""
+    (a, b), stem = pair(), down[: down.index(".lora")]
+    tensors = {down: a, f"{stem}.{up}": b} | (
+        {f"{stem}.alpha": torch.tensor(6.0).bfloat16()} if alpha else {}
+    )
+    save_file(tensors, tmp_path / "a.safetensors")
+    dit = BUILD[WanDiT]()
+    if alpha is None:
+        with pytest.raises(ValueError, match=r"a\.safetensors.*--lora-alpha"):
+            weights.load_adapter(dit, tmp_path / "a.safetensors")
+    line = weights.load_adapter(dit, tmp_path / "a.safetensors", 6.0 if alpha is None else None)
+    assert_same(deltas(dit), {"blocks.0.attn.q": (1.0 if alpha is False else 1.5) * (b @ a)})
+    assert {True: "from the file", False: "the rank, as always", None: "as asked"}[alpha] in line
+
+
+@FAMILIES
+def test_a_released_file_without_alpha_converts_once_alpha_is_given(family, tmp_path, monkeypatch, capsys):
+    dit, file = plain(family), tmp_path / "released.safetensors"
+    weights.save_adapter(dit, file)
+    save_file(load_file(file), file)  # the paper's is like this: diffusers' keys, no metadata
+    with pytest.raises(SystemExit, match=r"released\.safetensors.*--lora-alpha"):
+        command(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--format", "kohya")
+    command(monkeypatch, "inspect", file)
+    assert "alpha not said" in capsys.readouterr().out
+    command(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--format", "kohya", "--alpha", 4)
+    again = BUILD[family]()
+    weights.load_adapter(again, tmp_path / "x.safetensors")
+    assert_same(deltas(again), deltas(dit))
+
+
+# ------------------------------------------------------------------------------------------ the commands
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    """A tiny checkpoint of each family."""
+    path = tmp_path_factory.mktemp("wan")
+    sentences = tiny_models.CORPUS.strip().splitlines()
+    tiny_models.create(path, tiny_models.WAN_CONFIGS, tiny_models.train_vocabulary(sentences, 256, umt5=True))
+    return {CogVideoXDiT: tiny, WanDiT: path}
+
+
+def adapted(folder, dtype=torch.float32):
+    dit = weights.load_backbone(folder, dtype=dtype, parts=("dit",), log=quiet).dit
+    return randomised(dit, [(4, 3.0, dit.lora_targets)])
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diffusers_loads_a_merged_transformer(family, dtype, folders, tmp_path, monkeypatch, capsys):
+    kind, base, file = type(stock(family)), tmp_path / "base", tmp_path / "a.safetensors"
+    weights.save_backbone(weights.load_backbone(folders[family], log=quiet), base, dtype)
+    dit = adapted(base, dtype)
+    weights.save_adapter(dit, file, "comfyui")
+    command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+    assert "scale 0.75" in capsys.readouterr().out
+    merged, loading = kind.from_pretrained(
+        tmp_path / "out", subfolder="transformer", output_loading_info=True, torch_dtype=dtype
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    merge_lora(dit)
+    table = formats.LAYERS[family]["diffusers"]
+    for name, tensor in merged.state_dict().items():
+        wanted = dit.get_parameter(rename(name, table))
+        assert torch.equal(tensor.to(dtype), wanted.to(dtype)), name
+    stored = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    with pytest.raises(SystemExit, match="not empty"):
+        command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+
+
+def test_wans_original_layout_is_merged_in_its_own_names(folders, tmp_path, monkeypatch):
+    base, file = tmp_path / "base", tmp_path / "a.safetensors"
+    shutil.copytree(folders[WanDiT] / "tokenizer", base / "google" / "umt5-xxl")
+    config = {
+        "model_type": "ti2v",
+        "dim": 128,
+        "num_heads": 2,
+        "num_layers": 2,
+        "ffn_dim": 256,
+        "freq_dim": 64,
+    }
+    config |= {"_class_name": "WanModel", "in_dim": 48, "out_dim": 48}
+    (base / "config.json").write_text(json.dumps(config))
+    module = weights.open_backbone(base).parts["dit"].build()
+    save_module(module, wan.DIT_NAMES_ORIGINAL, base / wan.DIT_FILE, torch.float32)
+    dit = adapted(base)
+    weights.save_adapter(dit, file)
+    command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+    merge_lora(dit)
+    stored = load_file(tmp_path / "out" / wan.DIT_FILE)
+    assert stored.keys() == load_file(base / wan.DIT_FILE).keys()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, dit.get_parameter(rename(name, wan.DIT_NAMES_ORIGINAL))), name
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_lora_on_the_reference_alone_is_not_merged(folders, tmp_path, monkeypatch):
+    dit = weights.load_backbone(folders[WanDiT], parts=("dit",), log=quiet).dit
+    randomised(dit, [(4, 3.0, dit.visual_targets)])
+    act_on_reference(dit)
+    weights.save_adapter(dit, tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match="cannot be merged"):
+        command(
+            monkeypatch, "merge", tmp_path / "a.safetensors", tmp_path / "out", "--backbone", folders[WanDiT]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@FAMILIES
+def test_inspect_prints_what_is_there(family, folders, tmp_path, monkeypatch, capsys):
+    dit, file = adapted(folders[family]), tmp_path / "a.safetensors"
+    weights.save_adapter(dit, file, "kohya")
+    command(monkeypatch, "inspect", file, "--backbone", folders[family])
+    report = capsys.readouterr().out
+    assert f"kohya, {formats.label(family)}" in report
+    assert f"{len(lora_modules(dit))} modules, rank 4, alpha 3 (from the file), scale 0.75" in report
+    assert "float32" in report and "ref_position leading, lora_tokens all" in report
+    norms = [module.delta().norm() for path, module in lora_modules(dit).items() if path.endswith("attn.q")]
+    row = next(line.split() for line in report.splitlines() if line.split()[:1] == ["attn.q"])
+    assert int(row[1]) == 2
+    assert float(row[2]) == pytest.approx(sum(norms).item() / 2, rel=1e-3)
+    assert float(row[3]) == pytest.approx(max(norms).item(), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ bad input
+Q = "diffusion_model.blocks.0.self_attn.q"
+
+
+def flawed():
+    (a, b), good = pair(), "diffusion_model.blocks.1.self_attn.q"
+    one = {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}
+    two = one | {f"{good}.lora_A.weight": a, f"{good}.lora_B.weight": b}
+    flat = "lora_unet_blocks_0_self_attn_q"
+    kohya = {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b}
+    return {
+        "empty": ({}, {}, "no tensors"),
+        "dora": (one | {f"{Q}.dora_scale": b[:, :1]}, {}, "is DoRA"),
+        "lokr": ({f"{Q}.lokr_w1": a}, {}, "LoKr"),
+        "bias": (two | {f"{Q}.diff_b": b[:, 0]}, {}, "1 of 5 keys, is a change of a whole weight or bias"),
+        "other model": ({"transformer.single_blocks.0.q.lora_A.weight": a}, {}, "no layer of this model"),
+        "no lora": ({"blocks.0.self_attn.q.weight": a}, {}, "no layer of this model"),
+        "twice": (one | {f"{Q}.lora_down.weight": a}, {}, "second A"),
+        "ranks": ({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b[:, :3]}, {}, r"A of shape \[4, 128\]"),
+        "integers": ({f"{Q}.lora_A.weight": a.to(torch.int8), f"{Q}.lora_B.weight": b}, {}, "torch.int8"),
+        "alphas": (one | {f"{Q}.alpha": torch.ones(3)}, {}, "alpha of .* is not one number"),
+        "alpha alone": (two | {"diffusion_model.blocks.1.ffn.0.alpha": torch.ones(())}, {}, "only one of"),
+        "no alpha": (kohya, {}, "does not say its alpha"),
+        "some alpha": (kohya | {k.replace("_0_", "_1_"): v for k, v in kohya.items()}
+                       | {f"{flat}.alpha": torch.ones(())}, {}, "does not say its alpha"),
+        "json": (one, {"lora_adapter_metadata": "{"}, "no JSON object"),
+        "json list": (one, {"lora_adapter_metadata": "[1]"}, "no JSON object"),
+        "json alpha": (one, {"lora_adapter_metadata": '{"lora_alpha": "much"}'}, "broken lora_alpha"),
+        "place": (one, {"ref_position": "behind"}, "'behind'"),
+        "norm": ({"diffusion_model.blocks.0.norm3.lora_A.weight": a,
+                  "diffusion_model.blocks.0.norm3.lora_B.weight": b}, {}, "can hold no LoRA"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", flawed())
+def test_bad_files_give_one_error_with_file_and_reason(flaw, tmp_path):
+    tensors, metadata, match = flawed()[flaw]
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
+    save_file(copies, tmp_path / "bad.safetensors", {"format": "pt", **metadata})
+    with pytest.raises(ValueError, match=match) as error:
+        weights.load_adapter(BUILD[WanDiT](), tmp_path / "bad.safetensors")
+    assert "bad.safetensors" in str(error.value)
+
+
+def test_other_misuse_gives_one_error(tmp_path, monkeypatch):
+    dit, a, b = plain(CogVideoXDiT), *pair()
+    with pytest.raises(ValueError, match="format 'gguf': known are .*kohya"):
+        weights.save_adapter(dit, tmp_path / "a.safetensors", "gguf")
+    with pytest.raises(ValueError, match="name a folder"):
+        weights.save_adapter(dit, tmp_path / "a.safetensors", "peft")
+    with pytest.raises(ValueError, match="kohya is one file"):
+        weights.save_adapter(dit, tmp_path, "kohya")
+    with pytest.raises(ValueError, match="diffsynth has no place for the LoRA of patch_in in CogVideoX"):
+        weights.save_adapter(dit, tmp_path / "a.safetensors", "diffsynth")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="a folder as peft writes it"):
+        weights.load_adapter(BUILD[WanDiT](), tmp_path)
+    with pytest.raises(ValueError, match="already has a LoRA"):
+        weights.load_adapter(dit, tmp_path / "a.safetensors")
+    # A layer that both models have by one name.
+    keys = {"transformer.proj_out.lora_A.weight": a, "transformer.proj_out.lora_B.weight": b[:16]}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4})}
+    save_file({key: tensor.clone() for key, tensor in keys.items()}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(SystemExit, match="fit CogVideoX and Wan; say --backbone"):
+        command(monkeypatch, "convert", tmp_path / "a.safetensors", tmp_path / "b", "--format", "kohya")
+    assert "1 modules" in weights.load_adapter(BUILD[CogVideoXDiT](), tmp_path / "a.safetensors")

@@ -1,0 +1,138 @@
+"""Several processes do what one does; a run stopped, killed or damaged goes on as if it had not been."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import ROOT, RUN, argv, assert_same, losses
+
+ALONE = {"OMP_NUM_THREADS": "1"}
+STEPS = 6
+# AdamW divides a gradient by its own size, and so the rounding errors of a tiny one; a large eps does not.
+CALM = {"--eps": 1e-3, "--lr": 0.05}
+
+
+def command(tiny, out, processes=1, **extra):
+    options = {"--backbone": tiny, "--out": out, "--steps": STEPS, **RUN, **CALM}
+    options |= {"--" + name.replace("_", "-"): value for name, value in extra.items()}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launch if processes > 1 else []), "train.py", *argv(options)]
+
+
+def train(tiny, out, processes=1, flags=(), **extra):
+    done = subprocess.run(
+        [*command(tiny, out, processes, **extra), *flags], cwd=ROOT, env=os.environ | ALONE,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, "\n".join(re.findall("(?m)^(?:error|.rank).*", done.stderr))
+    return done.stdout
+
+
+def assert_close(a, b, step=STEPS):
+    ours, theirs = (load_file(out / f"step-{step:06d}" / "adapter.safetensors") for out in (a, b))
+    for half in ("lora_A", "lora_B"):
+        mine, its = (torch.cat([t.flatten() for n, t in x.items() if half in n]) for x in (ours, theirs))
+        assert (mine - its).norm() <= 1e-6 * its.norm()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """One process with micro-batches of four pairs or two clips."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(tiny, out, identity_batch=4, motion_batch=2, save_every=2, keep=9)
+    assert {task for _, task, _, _ in losses(out)} == {"identity", "motion"}
+    return out
+
+
+@pytest.mark.parametrize("how", [(), ("--shard",)], ids=["data parallel", "sharded"])
+def test_two_processes_equal_one_with_twice_the_batch(tiny, alone, tmp_path, how):
+    out = tmp_path / "run"
+    train(tiny, out, 2, how, cache=tmp_path / "cache")
+    assert_close(out, alone)
+    for mine, its in zip(losses(out), losses(alone), strict=True):
+        assert mine[:2] == its[:2]
+        assert mine[2:] == pytest.approx(its[2:], rel=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_back(tiny, alone, tmp_path):
+    out = tmp_path / "run"
+    train(tiny, out, 2, ["--shard"], steps=2)
+    train(tiny, out, 1, ["--resume"], steps=4, identity_batch=4, motion_batch=2)
+    train(tiny, out, 2, ["--resume"])
+    assert_close(out, alone)
+    refused = subprocess.run(
+        [*command(tiny, out, 1), "--resume"], cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True
+    )
+    assert "changed: batch was" in refused.stderr
+
+
+def test_sigterm_saves_and_ends_well(tiny, alone, tmp_path):
+    out = tmp_path / "run"
+    same = {"identity_batch": 4, "motion_batch": 2}
+    process = subprocess.Popen(command(tiny, out, **same), cwd=ROOT, env=os.environ | ALONE)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    (save,) = out.glob("step-*")
+    assert 0 < int(save.name.removeprefix("step-")) < STEPS
+    train(tiny, out, flags=["--resume"], **same)
+    assert_same(out, alone, STEPS)
+    assert losses(out) == losses(alone)
+
+
+@pytest.mark.parametrize("damage", ["training.pt", "adapter.safetensors", "missing"])
+def test_a_torn_save_falls_back_to_the_one_before(tiny, alone, tmp_path, damage):
+    out = tmp_path / "run"
+    same = {"identity_batch": 4, "motion_batch": 2, "save_every": 2}
+    train(tiny, out, steps=4, **same)
+    newest = out / "step-000004"
+    if damage == "missing":
+        (newest / "training.pt").unlink()
+    else:
+        os.truncate(newest / damage, (newest / damage).stat().st_size // 2)
+    said = train(tiny, out, flags=["--resume"], **same)
+    assert "step-000004: damaged" in said and "resumed from" in said.split("going back")[1]
+    assert_same(out, alone, STEPS)
+    assert losses(out) == losses(alone)
+
+
+# Trains in children of a process that has everything imported, and kills all but the last.
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import train
+from sdv import runs
+out, kills, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+rng = random.Random(0)
+for kill in range(kills + 1):
+    child = os.fork()
+    if not child:
+        sys.argv = ["train.py", *arguments, *["--resume"] * bool(runs.saves(out))]
+        train.main()
+        os._exit(0)
+    if kill < kills:
+        time.sleep(rng.uniform(0.2, 1.5))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) == (kill < kills), f"ended too early, with {status}"
+    print("after", kill + 1, "runs:", [save.name for save in runs.saves(out)][-1:], flush=True)
+"""
+
+
+def test_a_run_killed_twenty_times_ends_as_the_one_never_killed(tiny, tmp_path):
+    options = {"steps": 40, "save_every": 1, "keep": 2}
+    train(tiny, tmp_path / "whole", **options)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    arguments = command(tiny, killed, **options)[2:]
+    subprocess.run([sys.executable, "-c", KILLER, str(killed), "20", *arguments], cwd=ROOT, check=True,
+                   env=os.environ | ALONE)  # fmt: skip
+    assert_same(killed, tmp_path / "whole", 40)
+    assert losses(killed) == losses(tmp_path / "whole")
