@@ -429,6 +429,7 @@ def flawed():
         "ranks": ({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b[:, :3]}, {}, r"A of shape \[4, 128\]"),
         "integers": ({f"{Q}.lora_A.weight": a.to(torch.int8), f"{Q}.lora_B.weight": b}, {}, "torch.int8"),
         "alphas": (one | {f"{Q}.alpha": torch.ones(3)}, {}, "alpha of .* is not one number"),
+        "alpha nan": (one | {f"{Q}.alpha": torch.tensor(float("nan"))}, {}, "alpha of .* is not one number"),
         "alpha alone": (two | {"diffusion_model.blocks.1.ffn.0.alpha": torch.ones(())}, {}, "only one of"),
         "no alpha": (kohya, {}, "does not say its alpha"),
         "some alpha": (kohya | {k.replace("_0_", "_1_"): v for k, v in kohya.items()}

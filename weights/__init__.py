@@ -1,7 +1,7 @@
 """Public checkpoints in and out: folders in the diffusers layout or in Wan's original one, and LoRA adapters.
 
-    backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
-    load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
+backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
+load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
 """
 
 import shutil
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdv.cogvideox_dit import CogVideoXDiT
 from sdv.schedule import NoiseProcess
 from sdv.wan_dit import WanDiT
-from weights import adapter, cogvideox, wan
+from weights import cogvideox, wan
 from weights.layout import Layout
 from weights.tensors import Names, load_into, save_module, shards
 
@@ -99,13 +99,22 @@ def names_of(dit: nn.Module) -> Names:
 
 
 def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -> str:
-    """Add the LoRA in a file to a model; returns what was read and at what scale.
+    """Add the LoRA in a file of any format to a model; returns what was read and at what scale.
 
-    alpha overrides the file's; ValueError if neither says it: it is never guessed.
+    alpha overrides the file's; ValueError if neither it nor its format says it: it is never guessed.
     """
-    return adapter.load_adapter(dit, Path(path), names_of(dit), alpha)
+    from weights import adapter  # here: it is also a command, which runs once this package is there
+
+    return adapter.load_adapter(dit, Path(path), alpha)
 
 
-def save_adapter(dit: nn.Module, path: str | Path) -> None:
-    """Write a model's LoRA so that diffusers reads it too, at the right strength."""
-    adapter.save_adapter(dit, Path(path), names_of(dit))
+def save_adapter(
+    dit: nn.Module, path: str | Path, format: str = "diffusers", lora: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model's LoRA in one of weights.formats.FORMATS, so that its tools apply it at its strength.
+
+    lora: its parameters by name, where the model itself has only a share of each.
+    """
+    from weights import adapter
+
+    adapter.save_adapter(dit, Path(path), format, lora)

@@ -1,121 +1,183 @@
-"""Adapters as files: the diffusers / PEFT layout, with rank and alpha in the file's own metadata."""
+"""LoRA adapters in and out of a model, and between the formats of the public tools.
 
-import json
+    python -m weights.adapter inspect adapter.safetensors
+    python -m weights.adapter convert adapter.safetensors for-comfyui.safetensors --format comfyui
+    python -m weights.adapter merge adapter.safetensors merged --backbone CogVideoX-5b
+
+Reading knows the formats of --format by their keys, a folder being peft's. To convert, no weights are
+needed: the keys tell CogVideoX from Wan. With --backbone, names and shapes are compared with its config's.
+"""
+
+import argparse
+import re
+import shutil
+from collections import defaultdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor, nn
 
-from sdv.lora import act_on_reference, add_lora, lora_modules
+from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
+from sdv.lora import merge as merge_lora
 from sdv.positions import place_reference
-from weights.tensors import Names, rename, reverse, save_tensors
-
-PREFIX = "transformer."
-METADATA = "lora_adapter_metadata"
-# Beside it, since diffusers takes nothing there that peft does not know:
-PLACE = "ref_position"
-TOKENS = "lora_tokens"  # "all", or "ref": the reference's alone
+from sdv.settings import run
+from weights import load_backbone, open_backbone
+from weights.formats import FORMATS, LAYERS, PLACE, TOKENS, Adapter, Update, label, read, write
+from weights.layout import Layout
+from weights.tensors import Checkpoint, save_module
 
 
-def save_adapter(dit: nn.Module, path: Path, names: Names) -> None:
-    """Write the LoRA of a model; diffusers' load_lora_weights reads it at the right strength."""
+# ------------------------------------------------------------------------------------- in and out of a model
+def save_adapter(dit: nn.Module, path: Path, format: str, lora: dict[str, Tensor] | None = None) -> None:
+    """Write the LoRA of a model in one of the FORMATS; its readers apply it at the same strength.
+
+    lora: its parameters by name, where the model itself has only a share of each.
+    """
+    lora = lora_parameters(dit) if lora is None else lora
     modules = lora_modules(dit)
     if not modules:
         raise ValueError(f"{path}: the model has no LoRA to save")
-    theirs = {ours: rename(f"{ours}.weight", reverse(names)).removesuffix(".weight") for ours in modules}
-    tensors = {
-        f"{PREFIX}{theirs[path]}.{leaf}.weight": getattr(module, leaf)
-        for path, module in modules.items()
-        for leaf in ("lora_A", "lora_B")
+    updates = {
+        ours: Update(lora[f"{ours}.lora_A"].detach(), lora[f"{ours}.lora_B"].detach(), module.alpha)
+        for ours, module in modules.items()
     }
-    one = next(iter(modules.values()))
-    config = {"r": one.rank, "lora_alpha": one.alpha, "target_modules": sorted(theirs.values())}
-    metadata = json.dumps({f"{PREFIX}{field}": value for field, value in config.items()}, sort_keys=True)
-    notes = {PLACE: dit.ref_position, TOKENS: "all" if one.tokens is None else "ref"}
-    save_tensors(path, tensors, {"format": "pt", METADATA: metadata, **notes})
+    everywhere = next(iter(modules.values())).tokens is None
+    notes = {PLACE: dit.ref_position, TOKENS: "all" if everywhere else "ref"}
+    family = next(kind for kind in LAYERS if isinstance(dit, kind))  # sharding makes subclasses
+    write(Adapter(path, format, family, updates, notes, "from the model"), path, format)
 
 
-def load_adapter(dit: nn.Module, path: Path, names: Names, alpha: float | None = None) -> str:
+def load_adapter(dit: nn.Module, path: Path, alpha: float | None = None) -> str:
     """Add the LoRA in a file to a model that has none; returns a line that says what was read, at what scale.
 
     The reference goes where it was when the LoRA was learned, if the file says. alpha overrides the file's.
-    ValueError if neither says it, and for tensors that do not fit the model.
+    ValueError if nothing says it, and for tensors that do not fit the model.
     """
     if lora_modules(dit):
         raise ValueError(f"{path}: the model already has a LoRA")
-    tensors, metadata = read_adapter(path)
-    pairs = _pairs(path, tensors, names)
-    rank = next(iter(pairs.values()))["lora_A"].shape[0]
-    alpha, source = _alpha(path, metadata, alpha)
-    _check_fit(path, dit, pairs, rank)
-    place_reference(dit, metadata.get(PLACE, dit.ref_position))
-    for module_path, module in add_lora(dit, rank, alpha, tuple(pairs)).items():
-        for leaf, tensor in pairs[module_path].items():
-            # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then
-            # round differently, and a resumed run would leave the path of the run that never stopped.
-            getattr(module, leaf).data.copy_(tensor)
-    if metadata.get(TOKENS) == "ref":
-        act_on_reference(dit)
-    return f"{path}: {len(pairs)} modules, rank {rank}, alpha {alpha:g} ({source}), scale {alpha / rank:g}"
-
-
-def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and the adapter's own settings ({} if the file has none)."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such adapter file")
+    adapter = read(path, type(dit), alpha).known
+    _check_fit(adapter, dit)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            notes = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
-    settings = {PREFIX + name: notes[name] for name in (PLACE, TOKENS) if name in notes}
-    settings |= json.loads(notes.get(METADATA, "{}"))
-    return tensors, {field.removeprefix(PREFIX): value for field, value in settings.items()}
+        place_reference(dit, adapter.notes.get(PLACE, dit.ref_position))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    alike = defaultdict(list)
+    for ours, update in adapter.updates.items():
+        alike[update.rank, update.alpha].append(ours)
+    for (rank, alpha), paths in alike.items():
+        add_lora(dit, rank, alpha, tuple(paths))
+    for ours, module in lora_modules(dit).items():
+        # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then
+        # round differently, and a resumed run would leave the path of the run that never stopped.
+        module.lora_A.data.copy_(adapter.updates[ours].A)
+        module.lora_B.data.copy_(adapter.updates[ours].B)
+    for parameter in lora_parameters(dit).values():
+        parameter.requires_grad_()  # add_lora froze what the one before it had added
+    if adapter.notes.get(TOKENS) == "ref":
+        act_on_reference(dit)
+    return f"{path}: {adapter}"
 
 
-def _alpha(path: Path, metadata: dict, alpha: float | None) -> tuple[float, str]:
-    if alpha is not None:
-        return alpha, "as asked"
-    if "lora_alpha" in metadata:
-        return float(metadata["lora_alpha"]), "from the file"
-    raise ValueError(
-        f"{path}: the file does not say its alpha, and a wrong guess applies it at the wrong strength. Give "
-        "it with --lora-alpha (64 for the paper's released adapter; the rank for formats without alpha)."
-    )
-
-
-def _pairs(path: Path, tensors: dict[str, Tensor], names: Names) -> dict[str, dict[str, Tensor]]:
-    """{our module path: {"lora_A": A, "lora_B": B}}."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        stem, _, leaf = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        try:
-            ours = rename(f"{stem}.weight", names)
-        except KeyError:
-            ours = None
-        if ours is None or leaf not in ("lora_A", "lora_B") or not key.startswith(PREFIX):
-            raise ValueError(f"{path}: {key} belongs to no layer of this model: an adapter for another one?")
-        pairs.setdefault(ours.removesuffix(".weight"), {})[leaf] = tensor
-    halves = [ours for ours, pair in pairs.items() if len(pair) != 2]
-    if halves or not pairs:
-        raise ValueError(f"{path}: " + (f"{halves[0]} has only one of lora_A, lora_B" if halves else "empty"))
-    return pairs
-
-
-def _check_fit(path: Path, dit: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int) -> None:
+def _check_fit(adapter: Adapter, dit: nn.Module) -> None:
     modules = dict(dit.named_modules())
-    for ours, pair in pairs.items():
-        if ours not in modules:
-            raise ValueError(f"{path}: the model has no layer {ours}; an adapter for a deeper model?")
+    for ours, update in adapter.updates.items():
+        if not isinstance(modules.get(ours), nn.Linear | nn.Conv2d):
+            reason = "can hold no LoRA" if ours in modules else "is not in it; an adapter for a deeper model?"
+            raise ValueError(f"{adapter.path}: layer {ours} of the model {reason}")
         out_features, *fan_in = modules[ours].weight.shape
-        wanted = {"lora_A": [rank, *fan_in], "lora_B": [out_features, rank, *[1] * (len(fan_in) - 1)]}
-        for leaf, tensor in pair.items():
-            if list(tensor.shape) != wanted[leaf]:
+        wanted = {"A": [update.rank, *fan_in], "B": [out_features, update.rank, *[1] * (len(fan_in) - 1)]}
+        for half, shape in wanted.items():
+            found = list(getattr(update, half).shape)
+            if found != shape:
                 raise ValueError(
-                    f"{path}: {leaf} of {ours} has shape {list(tensor.shape)}, expected {wanted[leaf]}; "
-                    "an adapter for a model of another size, or with a rank per layer?"
+                    f"{adapter.path}: lora_{half} of {ours} has shape {found}, expected {shape}; an adapter "
+                    "for a model of another size?"
                 )
 
 
+# ------------------------------------------------------------------------------------------- the commands
+def convert(source: Path, target: Path, format: str, alpha: float | None, backbone: str) -> None:
+    """Write an adapter in another format."""
+    adapter = _read(source, alpha, backbone)
+    write(adapter, target, format)
+    print(f"{source}: {adapter.format}, {label(adapter.family)}, {adapter}")
+    print(f"{target}: {format}")
+
+
+def inspect(source: Path, alpha: float | None, backbone: str) -> None:
+    """Print what an adapter is, and the norm of its update by kind of layer."""
+    adapter = _read(source, alpha, backbone)
+    tensors = [half for update in adapter.updates.values() for half in (update.A, update.B)]
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    size, count = sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+    print(f"{source}: {adapter.format}, {label(adapter.family)}")
+    print(f"  LoRA    {adapter}")
+    print(f"  stored  {dtypes}, {count:,} parameters, {size / 1e6:.1f} MB")
+    print(f"  notes   {', '.join(f'{name} {note}' for name, note in adapter.notes.items()) or 'none'}")
+    scaled = "" if adapter.alpha_from else ", if alpha is the rank"
+    print(f"  norm of the update{scaled}\n    {'layer':<12} {'count':>6} {'mean':>11} {'largest':>11}")
+    kinds = defaultdict(list)
+    for ours, update in adapter.updates.items():
+        scale = update.scale if adapter.alpha_from else 1.0
+        kinds[re.sub(r"^blocks\.\d+\.", "", ours)].append(scale * update.norm())
+    for kind, norms in sorted(kinds.items()):
+        print(f"    {kind:<12} {len(norms):>6} {sum(norms) / len(norms):>11.4g} {max(norms):>11.4g}")
+
+
+def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> None:
+    """Write the backbone's transformer with an adapter in its weights, in its layout and its stored dtype."""
+    layout = open_backbone(backbone)
+    part = layout.parts["dit"]
+    if (target / part.folder).exists() and any((target / part.folder).iterdir()):
+        raise ValueError(f"{target / part.folder}: not empty; name a new folder for the merged transformer")
+    # What can be wrong with the adapter is found before the weights are read.
+    with torch.device("meta"):
+        load_adapter(part.build(), source, alpha)
+    stored = Checkpoint(layout.path / part.source).dtypes()
+    dtype = torch.bfloat16 if stored == "BF16" else torch.float32
+    dit = load_backbone(backbone, dtype=dtype, parts=("dit",)).dit
+    print(load_adapter(dit, source, alpha))
+    merge_lora(dit)
+    for module in lora_modules(dit).values():
+        del module.lora_A, module.lora_B  # what is left are the names of the base
+    save_module(dit, part.names, target / part.folder / part.file, dtype)
+    shutil.copyfile(layout.path / part.folder / "config.json", target / part.folder / "config.json")
+    print(f"{target / part.folder}: the merged transformer, {dtype}".replace("torch.", ""))
+
+
+def _read(source: Path, alpha: float | None, backbone: str) -> Adapter:
+    """An adapter, compared with a backbone if one is given."""
+    if not backbone:
+        return read(source, None, alpha)
+    layout: Layout = open_backbone(backbone)
+    with torch.device("meta"):
+        dit = layout.parts["dit"].build()
+    adapter = read(source, type(dit), alpha)
+    _check_fit(adapter, dit)
+    return adapter
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m weights.adapter", description=__doc__, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True)
+    for command in (inspect, convert, merge):
+        options = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+        options.set_defaults(command=command)
+        options.add_argument("source", type=Path, help="an adapter: a file, or the folder that peft wrote")
+        if command is not inspect:
+            options.add_argument("target", type=Path, help="what to write")
+        if command is convert:
+            options.add_argument("--format", required=True, choices=FORMATS)
+        options.add_argument("--alpha", "--lora-alpha", type=float, help="for a file that does not say it")
+        needed = {"required": True} if command is merge else {"default": ""}
+        options.add_argument("--backbone", help="folder of the checkpoint", **needed)
+    settings = vars(parser.parse_args())
+    command = settings.pop("command")
+    run(lambda: command(**settings))
+
+
+if __name__ == "__main__":
+    main()
