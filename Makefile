@@ -29,13 +29,12 @@ test: $(VENV)/dev lint
 	$(RUN) -m pytest tests
 	$(RUN) -m pytest test_kernels.py
 
-# The kernels on another version of Triton: make test-triton TRITON=3.6.0
+# The kernels on another version of Triton, laid over the one that torch brings: make test-triton TRITON=3.6.0
 TRITON ?= 3.6.0
-test-triton:
-	$(PYTHON) -m venv out/triton-$(TRITON)
-	out/triton-$(TRITON)/bin/pip install -q -c constraints.txt torch pytest 'numpy<2.4'
-	out/triton-$(TRITON)/bin/pip install -q --no-deps triton==$(TRITON)
-	out/triton-$(TRITON)/bin/python -m pytest test_kernels.py
+test-triton: $(VENV)/dev
+	$(VENV)/bin/pip install -q --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m pytest test_kernels.py
+	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m kernels.bench --lint --sample
 
 # The micro-world's base model from nothing; every stage goes on where it was stopped.
 base: $(VENV)/run
