@@ -16,6 +16,7 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code on the next
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -301,7 +302,8 @@ def main() -> None:
     if cfg.shard:
         parallel.shard(dit)
     params = lora_parameters(dit)
-    say(f"LoRA: {len(params) // 2} modules, {sum(p.numel() for p in params.values()):,} parameters")
+    say(f"LoRA: {len(params) // 2} modules, {sum(p.numel() for p in params.values()):,} parameters, in")
+    say("  " + ", ".join(dict.fromkeys(re.sub(r"blocks\.\d+\.", "", path) for path in lora_modules(dit))))
     # Precision has one owner, here: the frozen networks run in --dtype, because their activations fill the
     # memory; the LoRA and AdamW's moments stay fp32, because their updates are too small for bf16.
     say(f"precision: networks {cfg.dtype}; LoRA, AdamW, noise and loss float32")

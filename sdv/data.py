@@ -332,8 +332,19 @@ def _to_float(item: dict) -> dict:
 # Command line
 
 
+# What a model was trained at, and pixels, frames and latents that become one latent or token.
+SIZES = ("height", "width", "frames", "fps", "text", "spatial_ratio", "temporal_ratio", "patch")
+MODELS = {
+    "CogVideoX-5b": dict(zip(SIZES, (480, 720, 49, 8, 226, 8, 4, 2), strict=True)),
+    "Wan2.2-TI2V-5B": dict(zip(SIZES, (704, 1280, 121, 24, 512, 16, 4, 2), strict=True)),
+}
+
+
 def check(args: argparse.Namespace) -> int:
     """Decode every file once; print a verdict a row and the tokens of a sample. 1 if a row is bad, else 0."""
+    for name, value in MODELS[args.model].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     grid = args.text, args.spatial_ratio, args.temporal_ratio, args.patch
     lengths = {"identity": 1, "motion": args.frames}
     plan = {task: count_tokens(args.height, args.width, n, *grid) for task, n in lengths.items()}
@@ -389,14 +400,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("check", help="decode every file of a folder once, with a verdict a row")
     one.add_argument("folder")
-    one.add_argument("--height", type=int, default=480)
-    one.add_argument("--width", type=int, default=720)
-    one.add_argument("--frames", type=int, default=49)
-    one.add_argument("--fps", type=float, default=8)
-    one.add_argument("--text", type=int, default=226, help="text tokens")
-    one.add_argument("--spatial-ratio", type=int, default=8, help="pixels per latent row")
-    one.add_argument("--temporal-ratio", type=int, default=4, help="frames per latent frame")
-    one.add_argument("--patch", type=int, default=2, help="latent rows per token")
+    one.add_argument("--model", choices=MODELS, default="CogVideoX-5b", help="whose sizes to take")
+    for name in MODELS[one.get_default("model")]:
+        one.add_argument("--" + name.replace("_", "-"), type=float if name == "fps" else int, help="instead")
     one.add_argument("--workers", type=int, default=os.cpu_count(), help="files decoded at once")
     one.set_defaults(run=check)
     importers.add_commands(commands.add_parser("import", help="make a folder of pairs or clips"))
