@@ -4,26 +4,30 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 
-.PHONY: demo test test-triton base lint clean
+.PHONY: demo chain test test-triton base lint clean
 
-$(VENV)/run: pyproject.toml constraints.txt          # enough to train and sample
+$(VENV)/run: pyproject.toml constraints.txt          # enough to train, sample and plot
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e '.[plots]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run                             # plus the test runner and the oracles
-	$(PIP) -e '.[dev,plots,importers,parity]'
+	$(PIP) -e '.[plots,dev,importers,parity]'
 	@touch $@
+
+# The method in the micro-world: trains an adapter, films subjects never seen, measures, writes out/demo/index.html.
+demo: $(VENV)/run
+	$(RUN) -m benchmarks.demo
 
 # The whole chain on real photos and clips with a tiny random model: 20 steps of both tasks, then one video.
 TINY := --height 96 --width 144 --frames 9 --fps 8
-demo: $(VENV)/run
-	rm -rf out/demo
-	$(RUN) -m weights.tiny out/demo/tiny
-	$(RUN) train.py --backbone out/demo/tiny --pairs tests/media/pairs --clips tests/media/clips --out out/demo/run \
+chain: $(VENV)/run
+	rm -rf out/chain
+	$(RUN) -m weights.tiny out/chain/tiny
+	$(RUN) train.py --backbone out/chain/tiny --pairs tests/media/pairs --clips tests/media/clips --out out/chain/run \
 		$(TINY) --steps 20 --p-video 0.5 --identity-batch 2 --accumulate 1 --rank 16 --alpha 16 --lr 0.01 --warmup 1
-	$(RUN) sample.py --backbone out/demo/tiny --adapter out/demo/run/step-000020/adapter.safetensors \
-		--ref tests/media/pairs/lawn.jpg --prompt "two white dogs run along a beach" --out out/demo/video $(TINY) --steps 20
+	$(RUN) sample.py --backbone out/chain/tiny --adapter out/chain/run/step-000020/adapter.safetensors \
+		--ref tests/media/pairs/lawn.jpg --prompt "two white dogs run along a beach" --out out/chain/video $(TINY) --steps 20
 
 test: $(VENV)/dev lint
 	$(RUN) -m pytest tests

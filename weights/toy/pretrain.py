@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import sample
 from sdv import metrics, world
 from sdv.causal_conv import CausalConv, conv2d
 from sdv.cogvideox_vae import Block, CogVideoXVAE
@@ -368,7 +369,7 @@ def train_dit(cfg: Config) -> None:
         if learner.step % (5 * cfg.save_every):
             return {}
         truths = new_scenes(10)
-        clips = sample(backbone, [truth.prompt for truth in truths], seed=0)
+        clips = film(backbone, [truth.prompt for truth in truths], seed=0)
         show(out / "dit.png", clips[:, :, ::2], scale=1)
         return agreement(clips, truths)
 
@@ -380,21 +381,12 @@ def new_scenes(count: int) -> list[world.Scene]:
     return [wanted for i in range(count) for wanted in world.heldout(i)[1]][:count]
 
 
-@torch.no_grad()
-def sample(backbone: Backbone, prompts: list[str], seed: int, steps: int = 25, scale: float = 6.0) -> Tensor:
-    """Text-to-video: prompts -> clips (B, 3, T, H, W) by DDIM."""
-    layout, dit = backbone.layout, backbone.dit
-    rows, columns = layout.height // layout.spatial_ratio, layout.width // layout.spatial_ratio
-    noise = torch.randn(len(prompts), layout.channels, FRAMES, rows, columns, generator=generator(6, seed))
-    texts = backbone.text([""] * len(prompts) + prompts)
-
-    def denoise(x: Tensor, t: int, i: int) -> Tensor:
-        both = torch.cat([x, x]).to(dit.dtype)
-        bare, prompted = dit(both, torch.full((len(both),), t), texts).float().chunk(2)
-        return bare + scale * (prompted - bare)
-
-    latents = layout.schedule.samplers["ddim"](layout.schedule, denoise, noise, steps)
-    return torch.cat([backbone.vae.decode(one[None].to(dit.dtype)).float() for one in latents]).clamp(-1, 1)
+def film(backbone: Backbone, prompts: list[str], seed: int, steps: int = 25) -> Tensor:
+    """Text-to-video: prompts -> clips (B, 3, T, H, W)."""
+    cfg = sample.Config(backbone=str(TOY), prompt=(), steps=steps, device="cpu", dtype="bfloat16")
+    cfg = sample.with_defaults(cfg, backbone.layout)
+    texts, blank, seeds = backbone.text(prompts), backbone.text([""]), range(seed, seed + len(prompts))
+    return sample.generate(backbone, texts, blank, None, cfg, seeds).clamp(-1, 1)
 
 
 def agreement(clips: Tensor, truths: list[world.Scene]) -> dict[str, float]:
@@ -416,7 +408,7 @@ def score(cfg: Config) -> None:
         coded = [backbone.vae.decode(backbone.vae.encode(clip[None].bfloat16())) for clip in real]
     coded = torch.cat(coded).float().clamp(-1, 1)
     prompts = [truth.prompt for truth in truths]
-    made = torch.cat([sample(backbone, prompts[i : i + 10], seed=i) for i in range(0, len(prompts), 10)])
+    made = torch.cat([film(backbone, prompts[i : i + 10], seed=i) for i in range(0, len(prompts), 10)])
     for name, clips in (("real", real), ("vae", coded), ("base", made)):
         row = agreement(clips, truths) | ({"psnr": psnr(clips, real)} if name == "vae" else {})
         print(name, len(clips), "clips", json.dumps({key: round(value, 3) for key, value in row.items()}))

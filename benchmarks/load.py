@@ -1,0 +1,110 @@
+"""Loading the full-size CogVideoX-5B transformer (random bf16 weights in shards) beside diffusers.
+
+    python -m benchmarks.load            # writes 11 GB into out/load once, prints a table, writes load.csv
+
+The two take turns in processes of their own, files in the page cache. A pass ends when every page of the
+weights has been read. Memory is the process's peak, its libraries not counted.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import weights
+from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from weights import tiny
+from weights.cogvideox import DIT_NAMES
+from weights.tensors import rename, reverse
+
+SHARD_BYTES = 2.5e9
+CONFIG = tiny.TRANSFORMER | {
+    "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
+    "time_embed_dim": 512, "text_embed_dim": 4096, "num_layers": 42, "sample_width": 90, "sample_height": 60,
+    "sample_frames": 49, "max_text_seq_length": 226,
+}  # fmt: skip
+
+
+def write(folder: Path) -> None:
+    """A checkpoint folder whose transformer has the 5B's shapes; the other parts are configs only."""
+    others = {"vae/config.json": tiny.VAE | {"latent_channels": 16}}
+    others |= {"text_encoder/config.json": tiny.TEXT_ENCODER | {"d_model": 4096}}
+    configs = tiny.CONFIGS | others | {"transformer/config.json": CONFIG}
+    for file, content in configs.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(content))
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in CogVideoXDiT(CogVideoXConfig()).named_parameters()}
+    shards, size = [{}], 0
+    for name, shape in shapes.items():
+        if size > SHARD_BYTES:
+            shards, size = [*shards, {}], 0
+        shards[-1][rename(name, reverse(DIT_NAMES))] = shape
+        size += 2 * shape.numel()
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"diffusion_pytorch_model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_() for name, shape in shard.items()}
+        save_file(tensors, folder / "transformer" / file, {"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    name = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    name.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def child(who: str, folder: Path) -> dict:
+    """Seconds until every weight has been read, and the growth of the process's peak memory in GB."""
+    if who == "diffusers":
+        from diffusers import CogVideoXTransformer3DModel as Stock
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    if who == "diffusers":
+        dit = Stock.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    else:
+        dit = weights.load_backbone(folder, "cpu", torch.bfloat16, ("dit",), log=lambda line: None).dit
+    pages = sum(int(p.detach().view(-1)[::2048].view(torch.int16).sum()) for p in dit.parameters())
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = sum(p.nbytes for p in dit.parameters()) / 1e9
+    return {"seconds": seconds, "gigabytes": (peak - before) * 1024 / 1e9, "size": size, "check": pages}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
+    parser.add_argument("--folder", type=Path, default=Path("out/load"))
+    parser.add_argument("--child", metavar="WHO", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args.child, args.folder)))
+        return
+    if not (args.folder / "transformer/diffusion_pytorch_model.safetensors.index.json").is_file():
+        write(args.folder)
+    turns = {"ours": [], "diffusers": []}
+    for who in ("diffusers", "ours") * args.pairs:
+        command = [sys.executable, "-m", "benchmarks.load", "--folder", str(args.folder), "--child", who]
+        turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+    assert len({turn["check"] for side in turns.values() for turn in side}) == 1, "not the same weights"
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs", "machine", "date"])
+        machine = f"{platform.machine()}, torch {torch.__version__}"
+        for field in ("seconds", "gigabytes"):
+            a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))
+            ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+            mine, theirs, size = statistics.median(a), statistics.median(b), turns["ours"][0]["size"]
+            today = datetime.date.today()
+            writer.writerow([field, mine, theirs, ratio, size, args.pairs, machine, today])
+            print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
