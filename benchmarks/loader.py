@@ -94,7 +94,7 @@ def main() -> None:
             for workers in args.workers:
                 found = rate(batches(data, 1, seed=0, workers=workers), args.count)
                 rows.append([name, workers, found, alone, found / alone])
-                print(f"{name} {workers} workers: {found:.2f}/s, plain loop {alone:.2f}/s, {found / alone:.2f}")
+                print(f"{name}, {workers} workers: {found:.2f}/s; plain {alone:.2f}/s; {found / alone:.2f}")
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["what", "workers", "a second", "plain PyAV loop", "ratio", "machine", "date"])

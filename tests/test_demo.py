@@ -1,0 +1,49 @@
+"""The demo's page and its judge, on real renders where films would be."""
+
+import base64
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import demo_page, toy
+from sdv import diagnostics_report
+from sdv.media import read_clip
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    rows = [{"step": i, "task": ("identity", "motion")[i % 2], "loss": 1 / (i + 1)} for i in range(40)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_the_page_holds_everything_itself(run_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name, result in {"read": [], "draw": b"", "section": "<section>gradients</section>"}.items():
+        monkeypatch.setattr(diagnostics_report, name, lambda *_, result=result: result)
+    of = toy.cases(4)
+    films = {"real": toy.renders(of), "grey": [torch.zeros(3, 17, 64, 64)] * 4}
+    scores = {name: toy.judge(clips, of) for name, clips in films.items()}
+    page = demo_page.page(run_folder, of, films, scores, "made of renders")
+    assert not re.search(r"(src|href)=(?![\"']?data:)", page)
+    videos = re.findall(r'<video src="data:video/mp4;base64,([^"]+)" autoplay loop muted', page)
+    assert len(videos) == 8
+    assert page.count("data:image/png") == 4 + 1
+    assert all(case.truth.prompt in page for case in of)
+
+    # A film comes out of the page as it went in, three times as large.
+    (tmp_path / "clip.mp4").write_bytes(base64.b64decode(videos[0]))
+    clip = read_clip(tmp_path / "clip.mp4", 17, 8, 64, 64).float() / 127.5 - 1
+    assert (clip - films["real"][0]).square().mean() < 4 / 10**2.5  # 25 dB
+
+
+def test_real_renders_pass_and_grey_does_not():
+    of = toy.cases(8)
+    good = toy.judge(toy.renders(of), of)["mean"]
+    bad = toy.judge([torch.zeros(3, 17, 64, 64)] * 8, of)["mean"]
+    assert min(good[name] for name in ("top1", "motion", "background")) == 1.0
+    assert max(bad[name] for name in ("top1", "motion", "background")) <= 0.25
+    assert toy.cases(8)[5].ref.equal(of[5].ref)
+    assert not toy.cases(8, on_white=False)[5].ref.equal(of[5].ref)
