@@ -8,7 +8,7 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code on the next
     5. image-token dropout      half of the motion steps hide the reference                 motion_pair
     6. one gradient             both tasks minimise one denoising loss over one LoRA        the ruled box
 
-    make demo                                                             # tiny model, real photos, CPU
+    make demo                                                             # the micro-world, on a CPU
     python train.py --backbone CogVideoX-5b --pairs pairs --clips clips   # the paper's recipe, one 80 GB GPU
     torchrun --nproc-per-node 8 train.py ...                              # several GPUs
     python train.py ... --resume                                          # goes on from the newest save
@@ -273,7 +273,8 @@ def main() -> None:
 
     ref_tokens = cfg.height * cfg.width // (layout.spatial_ratio * layout.patch) ** 2
     if cfg.cache:  # they are needed once, and leave the memory before the transformer comes
-        store = Cache(cfg.cache, weights.sources(layout, ("vae", "text")), cfg.dtype, cfg.cache_frames)
+        files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
+        store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames)
         prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
         say(store.fill(folders, prompts | {"", *(shot.prompt for shot in shots)}, networks, rank, world))
         data, held_out = ({task: Cached(rows, store) for task, rows in d.items()} for d in (data, held_out))

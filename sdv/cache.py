@@ -87,18 +87,22 @@ class Job(NamedTuple):
 class Cache:
     """The entries of one pair of networks at one precision.
 
-    networks: the files they are made of. frames: how many frames of a clip are also encoded alone, to be its
+    vae, text: the files they are made of. frames: how many frames of a clip are also encoded alone, to be its
     reference; 0 is all of them, as a random reference frame has it without a cache.
     """
 
-    def __init__(self, folder: str | Path, networks: Sequence[Path], dtype: str, frames: int = 0):
+    def __init__(
+        self, folder: str | Path, vae: Sequence[Path], text: Sequence[Path], dtype: str, frames: int = 0
+    ):
         self.shards, self.hashes = Shards(Path(folder)), Hashes(Path(folder) / "hashes.json")
-        self.hashes.learn(networks)
-        self.made_by = VERSION, dtype, [self.hashes(file) for file in networks]
+        self.hashes.learn({*vae, *text})
+        self.eyes, self.ears = (
+            (VERSION, dtype, [self.hashes(file) for file in files]) for files in (vae, text)
+        )
         self.frames = frames
 
     def text_name(self, prompt: str) -> str:
-        return digest("text", self.made_by, prompt)
+        return digest("text", self.ears, prompt)
 
     def names(self, rows: Rows, row: Row) -> dict[str, str]:
         """{field of an item: name of its entry}."""
@@ -108,7 +112,7 @@ class Cache:
             length = row.files[0], rows.frames, rows.fps
             made_of = {"clip": length, "frames": [*length, self.frames]}
         return {
-            field: digest(self.made_by, rows.size, *how, self.hashes(file))
+            field: digest(self.eyes, rows.size, *how, self.hashes(file))
             for field, (file, *how) in made_of.items()
         }
 

@@ -43,7 +43,7 @@ def new_cache(media, weight=b"one", frames=0):
     network = media / "vae.safetensors"
     if not network.exists() or network.read_bytes() != weight:
         network.write_bytes(weight)
-    return Cache(media / "cache", [network], "float32", frames)
+    return Cache(media / "cache", [network], [network], "float32", frames)
 
 
 @pytest.mark.parametrize("extra", [{}, {"--ref-frame": "first", "--coin": "micro"}])
@@ -145,7 +145,7 @@ def test_what_was_encoded_before_a_bad_file_stays(media):
 
 def test_two_processes_share_the_work(media):
     whole, calls = [], ([], [])
-    cache = Cache(media / "alone", [], "float32")
+    cache = Cache(media / "alone", [], [], "float32")
     cache.fill(sources(media), ["a", "b"], count_calls(whole))
     for rank in (0, 1):
         blind = new_cache(media)
