@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import sample
 import weights
-from sdv import diagnostics, diagnostics_report, parallel, runs
+from sdv import diagnostics, diagnostics_report, parallel, plan, runs
 from sdv.cache import Cache, Cached, Networks
 from sdv.data import Clips, Pairs, Rows, batches, check_size
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
@@ -117,6 +117,7 @@ class Config:
     save_every: int = 250  # steps
     keep: int = 3  # newest saves that stay
     shard: bool = False  # spread the model over all processes (FSDP2); else each holds all of it
+    plan: bool = False  # print predicted memory and time of a step, then stop
 
 
 # ── THE METHOD ──────────────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +199,7 @@ def require_finite(loss: Losses, batch: dict, task: str, step: int) -> None:
 
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
 FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "checkpoint_every", "save_every"}
-FREE |= {"keep", "shard", "tensorboard", "identity_batch", "motion_batch", "accumulate"}  # but see below
+FREE |= {"keep", "shard", "plan", "tensorboard", "identity_batch", "motion_batch", "accumulate"}  # see below
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
 
 
@@ -223,6 +224,8 @@ def main() -> None:
     missing = [name for name in ("height", "width", "frames", "fps") if getattr(cfg, name) is None]
     cfg = dataclasses.replace(cfg, **{name: getattr(layout, name) for name in missing})
     check_size(cfg.height, cfg.width, cfg.frames, layout.spatial_ratio, layout.temporal_ratio, layout.patch)
+    if cfg.plan:
+        return say(plan.report(cfg, layout, world))
     sides = cfg.height, cfg.width
     data, held_out = {}, {}
     if cfg.p_video < 1:

@@ -1,0 +1,198 @@
+"""The plan beside real steps: torch's CPU allocator, its saved-tensor hooks and its FLOP counter."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+import weights
+from sdv import plan
+from sdv.lora import add_lora, lora_parameters
+from sdv.rehearsal import build, count, rehearse
+from weights import tiny as tiny_model
+
+SMALL = train.Config(
+    frames=9, height=64, width=96, rank=4, identity_batch=2, device="cpu", dtype="float32", cache="there"
+)
+GENERATOR = 5056  # bytes of a CPU generator's state, which torch keeps for every recomputed block
+BACKBONES = pytest.mark.parametrize("backbone", ["tiny", "tiny_wan"])
+
+
+@pytest.fixture(scope="module")
+def tiny_wan(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny-wan")
+    sentences = tiny_model.CORPUS.strip().splitlines()
+    tiny_model.create(path, tiny_model.WAN_CONFIGS, tiny_model.train_vocabulary(sentences, 256, umt5=True))
+    return path
+
+
+@pytest.fixture
+def layout(backbone, request):
+    return weights.open_backbone(request.getfixturevalue(backbone))
+
+
+class Step:
+    """A real step of a small model on the CPU: its transformer, and its inputs made anew."""
+
+    def __init__(self, cfg: train.Config, layout: weights.Layout):
+        torch.manual_seed(0)
+        self.dit, self.cfg, self.layout = layout.parts["dit"].build(), cfg, layout
+        self.dtype = getattr(torch, cfg.dtype)
+        exact = set(getattr(self.dit, "in_float32", ()))
+        for path, parameter in self.dit.named_parameters():
+            parameter.data = parameter.to(torch.float32 if exact & set(path.split(".")) else self.dtype)
+        add_lora(self.dit, cfg.rank, cfg.alpha, self.dit.lora_targets)
+        self.dit.checkpoint_every = cfg.checkpoint_every
+        for parameter in lora_parameters(self.dit).values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """The motion step's loss, and all that is alive beside what autograd keeps."""
+        video = torch.randn(1, self.layout.channels, 3, *self.sides, dtype=self.dtype)
+        ref, target = video[:, :, :1].clone(), video.float()
+        text = torch.randn(1, self.layout.text_tokens, self.dit.cfg.text_dim, dtype=self.dtype)
+        pred = self.dit(video, torch.zeros(1, dtype=torch.long), text, ref)
+        return (pred.float() - target).square().mean(), video, ref, target, text, pred
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.cfg.height // self.layout.spatial_ratio, self.cfg.width // self.layout.spatial_ratio
+
+
+def kept_bytes(step: Step) -> int:
+    """Storages that autograd saved, inputs of recomputed blocks, tensors of the loop; no parameters."""
+    kept = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: kept.extend(tree_leaves(args)))
+        for block in step.dit.blocks[:: step.cfg.checkpoint_every or len(step.dit.blocks) + 1]
+        if step.cfg.checkpoint_every
+    ]
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        kept += step.forward()
+    for hook in hooks:
+        hook.remove()
+    storages = [x.untyped_storage() for x in kept if isinstance(x, torch.Tensor)]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    own = {p.untyped_storage()._cdata for p in step.dit.parameters()}
+    return sum(size for address, size in sizes.items() if address not in own)
+
+
+def allocator_peak(step: Step) -> int:
+    """Most bytes that torch's allocator gave out at once during a step."""
+    with profile(profile_memory=True) as profiler:
+        loss, *_alive = step.forward()
+        loss.backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@BACKBONES
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_are_what_torch_saves_and_allocates(layout, dtype):
+    for every in (0, 1, 2):
+        cfg = dataclasses.replace(SMALL, checkpoint_every=every, dtype=dtype)
+        found, step = rehearse(cfg, layout, "motion", 2), Step(cfg, layout)
+        step.forward()[0].backward()  # what is made once: tables, caches
+        states = GENERATOR * math.ceil(2 / every) if every else 0
+        scratch = 0 if dtype == "float32" else 0.03 * found.peak  # inside the CPU's attention in bf16
+        assert found.kept == kept_bytes(step), every
+        if every < 2:
+            assert 0 <= allocator_peak(step) - found.peak <= states + scratch, every
+
+
+@BACKBONES
+def test_flops_are_what_torch_counts_where_attention_is_plain_products(layout):
+    cfg = dataclasses.replace(SMALL, checkpoint_every=2)  # of two blocks, one runs again
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Step(cfg, layout).forward()[0].backward()
+    flops = rehearse(cfg, layout, "motion", 2).flops
+    scores_again = flops["backward", "attention"] / 5  # fused attention does not keep them: 5 products for 4
+    assert flops.total() - scores_again == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("every", "device"), [(0, "cuda"), (1, "cpu"), (2, "cuda")])
+@pytest.mark.parametrize("backbone", ["tiny_wan"])
+def test_many_blocks_follow_from_a_few(layout, every, device):
+    part = layout.parts["dit"]
+    layout.parts["dit"] = part._replace(build=lambda: deeper(part.build(), 6))
+    cfg = dataclasses.replace(SMALL, checkpoint_every=every, device=device)
+    assert count(cfg, layout, "motion", 6) == rehearse(cfg, layout, "motion", 6)
+
+
+def deeper(dit: torch.nn.Module, layers: int) -> torch.nn.Module:
+    return type(dit)(dataclasses.replace(dit.cfg, layers=layers))
+
+
+@pytest.mark.parametrize("backbone", ["tiny"])
+def test_the_kernels_of_a_gpu_keep_no_copies_in_float32(layout):
+    cfg = dataclasses.replace(SMALL, checkpoint_every=0, dtype="bfloat16")
+    cpu, gpu = (
+        rehearse(dataclasses.replace(cfg, device=device), layout, "motion", 2) for device in ("cpu", "cuda")
+    )
+    assert gpu.kept < cpu.kept and gpu.peak < cpu.peak
+    assert gpu.flops["backward", "attention"] == cpu.flops["backward", "attention"] * 7 / 5
+    assert gpu.flops["backward", "matrices"] == cpu.flops["backward", "matrices"]
+
+
+@pytest.fixture
+def full_size(tiny, tmp_path):
+    """The configs of CogVideoX-5B, without any weights."""
+    path = tmp_path / "5b"
+    shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {
+        "transformer": {
+            "num_attention_heads": 48, "in_channels": 16, "out_channels": 16, "num_layers": 42,
+            "time_embed_dim": 512, "text_embed_dim": 4096, "max_text_seq_length": 226,
+        },
+        "vae": {"block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3},
+        "text_encoder": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    }  # fmt: skip
+    for part, changes in sizes.items():
+        file = path / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return path
+
+
+def test_parameters_of_the_5b_model_are_exact(full_size):
+    layout = weights.open_backbone(full_size)
+    cfg = dataclasses.replace(SMALL, rank=128, dtype="bfloat16", device="cuda")
+    parameters = lora_parameters(build(cfg, layout)).values()
+    assert sum(p.numel() for p in parameters) == 502_276_096
+    memory = plan.predict(cfg, layout, "identity", 1).memory
+    assert memory["LoRA, gradients, AdamW"] == 4 * 4 * 502_276_096
+    assert memory["frozen transformer"] == 2 * 5_570_283_072
+
+    spread = plan.predict(dataclasses.replace(cfg, shard=True), layout, "identity", 4).memory
+    assert spread["LoRA, gradients, AdamW"] == 4 * 502_276_096
+    assert spread["gathered from others"] < 0.1 * memory["frozen transformer"]
+
+
+def test_plan_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tiny, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = {"--backbone": folder, "--out": tmp_path / "run", "--device": "cpu", "--frames": 9}
+    options |= {"--height": 64, "--width": 96, "--rank": 4, "--identity-batch": 2, "--p-video": 0}
+    words = [str(word) for option in options.items() for word in option]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *words])
+    train.main()
+    said = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert "this CPU as it is now" in said and "--cache FOLDER" in said
+
+    peak = {line[:54].strip(): line[54:].split()[0] for line in said.splitlines() if "time x" in line}
+    for lever in ("--cache FOLDER", "--rank 2", "--shard, 8 processes"):
+        assert float(peak[lever]) < float(peak["as asked"]), lever
