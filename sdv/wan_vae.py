@@ -7,7 +7,6 @@ without weights: averages on the way down, copies on the way up.
 Activations are time first and channels last, (T, B, H, W, C), and work in bands of rows as in cogvideox_vae.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,13 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdv.causal_conv import CausalConv, Stream, conv2d
-from sdv.cogvideox_vae import (
-    CogVideoXVAE,
-    Downsample,
-    Pointwise,
-    Upsample,
-    each_frame,
-)
+from sdv.cogvideox_vae import Downsample, Pointwise, Upsample, each_frame
+from sdv.video_vae import VideoVAE
 
 # Mean and deviation of each channel over the latents of Wan's training videos.
 MEAN = (
@@ -289,62 +283,25 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
-class WanVAE(nn.Module):
-    """Encodes clips to latents and decodes them, one latent frame at a time.
-
-    When parameters or input need gradients all activations are kept; else memory does not grow with time.
-    """
+class WanVAE(VideoVAE):
+    """Works on patches of pixels, one latent frame at a time; latents have a mean and a deviation each."""
 
     def __init__(self, cfg: WanVAEConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
-        self.tiling = False
+        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
         self.set_tiles(256, 256, 1 / 4, 1 / 4)
 
-    set_tiles = CogVideoXVAE.set_tiles
-    in_tiles = CogVideoXVAE.in_tiles
-
-    @property
-    def spatial_ratio(self) -> int:
-        return self.cfg.spatial_ratio
-
-    @property
-    def temporal_ratio(self) -> int:
-        return self.cfg.temporal_ratio
-
-    @property
-    def latent_channels(self) -> int:
-        return self.cfg.latent_channels
-
-    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): the mean, or a sample.
-
-        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
-        """
-        mean, logvar = self.posterior(clip)
-        if rng is not None:
-            noise = torch.randn(mean.shape, generator=rng, device=rng.device, dtype=mean.dtype)
-            mean = mean + torch.exp(logvar / 2) * noise.to(mean.device)
-        centre, spread = self.statistics(mean.device)
-        return ((mean - centre) / spread).to(mean.dtype)
+    def scaled(self, latents: Tensor) -> Tensor:
+        centre, spread = self.statistics(latents.device)
+        return ((latents - centre) / spread).to(latents.dtype)
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
-        frames, height, width = clip.shape[2:]
-        ratio, space = self.temporal_ratio, self.spatial_ratio
-        if (frames - 1) % ratio:
-            raise ValueError(f"a clip of {frames} frames: the VAE takes {ratio} k + 1, as {4 * ratio + 1}")
-        if height % space or width % space:
-            raise ValueError(f"a clip of {width} x {height} pixels: the VAE takes multiples of {space}")
         cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2)
-        both = self.in_tiles(self.encode_tile, cells, of=space // self.cfg.patch, to=1)
+        both = self.in_tiles(self.encode_tile, cells, of=self.spatial_ratio // self.cfg.patch, to=1)
         mean, logvar = both.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W) in [-1, 1]."""
+        """Clamped to [-1, 1], as the original does."""
         centre, spread = self.statistics(latents.device)
         z = (latents * spread + centre).to(latents.dtype)
         cells = self.in_tiles(self.decode_tile, z, of=1, to=self.spatial_ratio // self.cfg.patch)
@@ -361,13 +318,7 @@ class WanVAE(nn.Module):
     def decode_tile(self, z: Tensor) -> Tensor:
         return self.in_chunks(self.decoder, z, 1)
 
-    def in_chunks(self, network: Callable[[Tensor, Stream], Tensor], x: Tensor, size: int) -> Tensor:
+    def in_chunks(self, network: nn.Module, x: Tensor, size: int) -> Tensor:
         """Send x (B, C, T, H, W) through a network: its first frame alone, then `size` frames at a time."""
-        gradients = x.requires_grad or any(p.requires_grad for p in network.parameters())
-        stream = Stream(lean=not (torch.is_grad_enabled() and gradients))
-        out = []
-        for start, end in pairwise([0, *range(1, x.shape[2], size), x.shape[2]]):
-            stream.last = end == x.shape[2]
-            chunk = x[:, :, start:end].permute(2, 0, 3, 4, 1).contiguous()  # (T, B, H, W, C)
-            out.append(network(chunk, stream).permute(1, 4, 0, 2, 3))
-        return torch.cat(out, dim=2)
+        cuts = list(pairwise([0, *range(1, x.shape[2], size), x.shape[2]]))
+        return torch.cat(list(self.chunks_through(network, x, cuts)), dim=2)
