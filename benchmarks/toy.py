@@ -81,10 +81,12 @@ def renders(of: list[Case]) -> list[Tensor]:
 class Studio:
     """The toy base, to which adapters can be added one after the other."""
 
-    def __init__(self, steps: int = 25, batch: int = 10):
-        self.steps, self.batch = steps, batch
+    def __init__(self, steps: int = 25, batch: int = 10, guidance: float = 3.0):
+        self.steps, self.batch = steps, batch  # guidance 6, the 5B's, makes this small model's colours glow
         self.backbone = weights.load_backbone(TOY, dtype=torch.bfloat16, log=lambda line: None)
-        cfg = sample.Config(backbone=str(TOY), prompt=(), steps=steps, device="cpu", dtype="bfloat16")
+        cfg = sample.Config(
+            backbone=str(TOY), prompt=(), steps=steps, guidance=guidance, device="cpu", dtype="bfloat16"
+        )
         self.cfg = sample.with_defaults(cfg, self.backbone.layout)
 
     def put_on(self, adapter: Path | None) -> None:
