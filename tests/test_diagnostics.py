@@ -320,7 +320,7 @@ def test_references_are_hidden_equally_often_in_both_halves():
     for p_drop, hidden in ((0.5, 2), (0.0, 0), (1.0, 4), (0.25, 1)):
         gone = [pair.keep is not None and not len(pair.keep) for pair in pairs(p_drop=p_drop)]
         assert [sum(gone[first : first + 4]) for first in (0, 4, 8, 12)] == [0, 0, hidden, hidden]
-    assert {len(pair.keep) for pair in pairs(dropout="tokens")[8:]} <= set(range(1, 6))
+    assert len({len(pair.keep) for pair in pairs(dropout="tokens")[8:]}) > 2  # neither all nor none
 
 
 # Words
