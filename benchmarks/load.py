@@ -43,6 +43,8 @@ def write(folder: Path) -> None:
     for file, content in configs.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(content))
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer/spiece.model").write_bytes(tiny.train_vocabulary(tiny.CORPUS.split("\n"), 256))
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in CogVideoXDiT(CogVideoXConfig()).named_parameters()}
     shards, size = [{}], 0
