@@ -33,7 +33,7 @@ import weights
 from sdv import diagnostics, diagnostics_report, parallel, plan, runs
 from sdv.cache import Cache, Cached, Networks
 from sdv.data import Clips, Pairs, Rows, batches, check_size
-from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
+from sdv.lora import adapt, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
 from sdv.objectives import (
     Draws,
@@ -234,7 +234,7 @@ def main() -> None:
         data["motion"] = Clips(cfg.clips, cfg.frames, cfg.fps, *sides, cfg.window)
     if bool(cfg.val_pairs) != bool(cfg.val_clips):
         raise ValueError("--val-pairs and --val-clips belong together: a probe compares both tasks")
-    if cfg.val_pairs:
+    if cfg.val_pairs and (cfg.val_every or cfg.probe_every):
         held_out["identity"] = Pairs(cfg.val_pairs, *sides, cfg.cls_token)
         held_out["motion"] = Clips(cfg.val_clips, cfg.frames, cfg.fps, *sides)
         diagnostics.check_unseen(held_out.values(), data.values())
@@ -296,10 +296,7 @@ def main() -> None:
     if newest or cfg.adapter:
         say(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     else:
-        places = dit.lora_targets if cfg.lora_tokens == "all" else dit.visual_targets
-        add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or places)
-        if cfg.lora_tokens == "ref":
-            act_on_reference(dit)
+        adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
     place_reference(dit, cfg.ref_position or dit.ref_position)
     for module in lora_modules(dit).values():
         module.dropout = cfg.lora_dropout
@@ -315,9 +312,9 @@ def main() -> None:
     surgery = diagnostics.Surgery(params.values(), cfg.pcgrad, cfg.p_video)
     held = held_out_losses(held_out, enc, dit, schedule, cfg)
     probe = [partial(lambda loss: loss().value, loss) for losses in held.values() for loss in losses]
-    encode = partial(lambda vae, x: vae.encode(x[None, :, None].to(cfg.device, dtype)), backbone.vae)
     with torch.no_grad():
-        refs = [None if picture is None else encode(picture) for picture in pictures]
+        frames = (p if p is None else p[None, :, None].to(cfg.device, dtype) for p in pictures)
+        refs = [frame if frame is None else backbone.vae.encode(frame) for frame in frames]
 
     # 4. Where the run stands. Draws have no state: the step, and the samples seen so far, are all of it.
     first, seen, history = 0, dict.fromkeys(PAIR_OF, 0), []

@@ -96,7 +96,7 @@ def train_row(name: str, seed: int, cfg: Config) -> Path:
     counts = {"pairs": cfg.pairs, "clips": cfg.clips} | COUNTS.get(name, {})
     world = "-".join(f"{n}{count}" for n, count in counts.items())
     data = toy.make_world(Path(cfg.out).resolve() / "worlds" / world, **counts)
-    out = Path(cfg.out).resolve() / f"{name}-{seed}".replace(" ", "-").replace(",", "")
+    out = Path(cfg.out).resolve() / f"{toy.slug(name)}-{seed}"
     if name != "two-stage":
         return toy.train(out, data, cfg.steps, seed=seed, **ROWS[name])
     first = toy.train(out / "images", data, cfg.steps // 2, seed=seed, p_video=0.0)
@@ -121,7 +121,7 @@ def judge_row(name: str, seed: int, cfg: Config, studio: toy.Studio, of: list[to
     studio.put_on(train_row(name, seed, cfg))
     trained = time.perf_counter() - start
     clips = studio.film(of)
-    write_image(HERE / f"{name.replace(' ', '-').replace(',', '')}-{seed}.png", sheet(of, clips))
+    write_image(HERE / f"{toy.slug(name)}-{seed}.png", sheet(of, clips))
     means = {measure: round(value, 4) for measure, value in toy.judge(clips, of)["mean"].items()}
     about = {"row": name, "seed": seed, "steps": cfg.steps, "cases": len(of)}
     about["minutes"] = round(trained / 60, 1)

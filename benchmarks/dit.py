@@ -14,12 +14,12 @@ import json
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+
+from benchmarks import turns
 
 LAYERS, RANK, ALPHA = 2, 128, 64.0
 SIZE = (1, 16, 1, 30, 46)  # one latent frame of 240 x 368 pixels
@@ -88,15 +88,10 @@ def main() -> None:
         return
     rows = []
     for dtype in ("float32", "bfloat16"):
-        turns = {"ours": [], "diffusers": []}
-        for who in ("ours", "diffusers") * args.pairs:
-            command = [sys.executable, "-m", "benchmarks.dit", "--child", who, dtype]
-            command += ["--repeats", str(args.repeats)]
-            turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+        repeats = "--repeats", str(args.repeats)
+        taken = turns.take("benchmarks.dit", ("ours", "diffusers"), args.pairs, dtype, *repeats)
         for field in ("seconds", "gigabytes"):
-            a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))
-            ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-            mine, theirs = statistics.median(a), statistics.median(b)
+            mine, theirs, ratio = turns.compare(taken, field)
             rows.append([dtype, field, mine, theirs, ratio])
             print(f"{dtype:9} {field:10} ours {mine:.3f}  diffusers {theirs:.3f}  ratio {ratio:.3f}")
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:

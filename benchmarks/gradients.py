@@ -6,7 +6,6 @@ Runs of the full recipe, of image only (p = 0) and of PCGrad with the paper's bu
 held-out batches. Into benchmarks/gradients: the probes of each run, a table of means, one plot.
 """
 
-import json
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -38,14 +37,10 @@ class Config:
     out: str = "out/gradients"  # worlds and runs
 
 
-def probes(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "probes.jsonl").read_text().splitlines()]
-
-
 def means(folder: Path, settled: int) -> dict[str, float]:
     """Each cosine's mean over the probes of one run; a probe where it is undefined does not count."""
     found: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for row in probes(folder):
+    for row in diagnostics_report.read(folder):
         if row["step"] >= settled:
             whole = row["whole"]["all"]
             for name in COLUMNS:
@@ -63,7 +58,7 @@ def cell(values: list[float]) -> str:
 def table(settled: int) -> str:
     lines = [f"| run | seeds | {' | '.join(COLUMNS)} |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name in RUNS:
-        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{name.replace(' ', '-')}-*"))]
+        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{toy.slug(name)}-*"))]
         if runs:
             cells = [cell([one[column] for one in runs if column in one]) for column in COLUMNS]
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
@@ -77,7 +72,7 @@ def main() -> None:
     unseen = toy.make_world(out / "unseen", pairs=512, clips=64, seed=1)
     for seed in cfg.seeds:
         for name in cfg.runs:
-            kept = HERE / f"{name.replace(' ', '-')}-{seed}"
+            kept = HERE / f"{toy.slug(name)}-{seed}"
             if kept.is_dir():
                 continue
             folder = out / kept.name
@@ -88,7 +83,7 @@ def main() -> None:
                 shutil.copyfile(folder / file, kept / file)
             (HERE / "table.md").write_text(table(cfg.settled))
             print(diagnostics_report.cost(folder))
-    drawn = [HERE / f"{name.replace(' ', '-')}-{cfg.seeds[0]}" for name in cfg.runs]
+    drawn = [HERE / f"{toy.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
     runs = [(diagnostics_report.name_of(one), diagnostics_report.read(one)) for one in drawn]
     (HERE / "probes.png").write_bytes(diagnostics_report.draw(runs))
     print(table(cfg.settled))

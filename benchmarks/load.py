@@ -11,17 +11,13 @@ import csv
 import datetime
 import json
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import weights
+from benchmarks import turns
 from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from weights import tiny
 from weights.cogvideox import DIT_NAMES
@@ -67,15 +63,17 @@ def child(who: str, folder: Path) -> dict:
     """Seconds until every weight has been read, and the growth of the process's peak memory in GB."""
     if who == "diffusers":
         from diffusers import CogVideoXTransformer3DModel as Stock
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    if who == "diffusers":
-        dit = Stock.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
-    else:
-        dit = weights.load_backbone(folder, "cpu", torch.bfloat16, ("dit",), log=lambda line: None).dit
-    pages = sum(int(p.detach().view(-1)[::2048].view(torch.int16).sum()) for p in dit.parameters())
-    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = sum(p.nbytes for p in dit.parameters()) / 1e9
-    return {"seconds": seconds, "gigabytes": (peak - before) * 1024 / 1e9, "size": size, "check": pages}
+    loaded = {}
+
+    def load() -> None:
+        if who == "diffusers":
+            dit = Stock.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+        else:
+            dit = weights.load_backbone(folder, "cpu", torch.bfloat16, ("dit",), log=lambda line: None).dit
+        pages = (p.detach().view(-1)[::2048].view(torch.int16).sum() for p in dit.parameters())
+        loaded.update(check=sum(map(int, pages)), size=sum(p.nbytes for p in dit.parameters()) / 1e9)
+
+    return turns.measured(load) | loaded
 
 
 def main() -> None:
@@ -90,19 +88,14 @@ def main() -> None:
         return
     if not (args.folder / "transformer/diffusion_pytorch_model.safetensors.index.json").is_file():
         write(args.folder)
-    turns = {"ours": [], "diffusers": []}
-    for who in ("diffusers", "ours") * args.pairs:
-        command = [sys.executable, "-m", "benchmarks.load", "--folder", str(args.folder), "--child", who]
-        turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
-    assert len({turn["check"] for side in turns.values() for turn in side}) == 1, "not the same weights"
+    taken = turns.take("benchmarks.load", ("diffusers", "ours"), args.pairs, "--folder", str(args.folder))
+    assert len({turn["check"] for side in taken.values() for turn in side}) == 1, "not the same weights"
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs", "machine", "date"])
         machine = f"{platform.machine()}, torch {torch.__version__}"
         for field in ("seconds", "gigabytes"):
-            a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))
-            ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-            mine, theirs, size = statistics.median(a), statistics.median(b), turns["ours"][0]["size"]
+            (mine, theirs, ratio), size = turns.compare(taken, field), taken["ours"][0]["size"]
             today = datetime.date.today()
             writer.writerow([field, mine, theirs, ratio, size, args.pairs, machine, today])
             print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")

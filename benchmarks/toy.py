@@ -4,6 +4,7 @@ What demo.py and claims.py have in common. The base is weights/toy; times are of
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,8 +31,17 @@ RECIPE = {
 
 
 def arguments(options: dict[str, object]) -> list[str]:
-    """Settings as a command line has them."""
-    return [str(word) for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
+    """Settings as a command line has them; paths from the project's folder, where it is run."""
+    words = []
+    for name, value in options.items():
+        here = os.path.relpath(value, ROOT) if isinstance(value, Path) else str(value)
+        words += ["--" + name.replace("_", "-"), here]
+    return words
+
+
+def slug(name: str) -> str:
+    """A row's name as a file has it."""
+    return name.replace(" ", "-").replace(",", "")
 
 
 def make_world(out: Path, **counts: int) -> Path:

@@ -11,14 +11,11 @@ import csv
 import datetime
 import json
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
+
+from benchmarks import turns
 
 FRAMES, HEIGHT, WIDTH = 17, 240, 360
 
@@ -45,10 +42,7 @@ def child(who: str, what: str, dtype: torch.dtype) -> dict:
     vae.eval().to(dtype)
     shape = (1, 3, FRAMES, HEIGHT, WIDTH) if what == "encode" else (1, 16, 5, HEIGHT // 8, WIDTH // 8)
     x = torch.randn(shape, dtype=dtype)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    (encode if what == "encode" else decode)(x)
-    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "gigabytes": (peak - before) * 1024 / 1e9}
+    return turns.measured(lambda: (encode if what == "encode" else decode)(x))
 
 
 def main() -> None:
@@ -68,14 +62,9 @@ def main() -> None:
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         for dtype in args.dtypes:
             for what in ("encode", "decode"):
-                turns = {"ours": [], "diffusers": []}
-                for who in ("ours", "diffusers") * args.pairs:
-                    command = [sys.executable, "-m", "benchmarks.vae", "--child", who, what, dtype]
-                    turns[who].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+                taken = turns.take("benchmarks.vae", ("ours", "diffusers"), args.pairs, what, dtype)
                 for field in ("seconds", "gigabytes"):
-                    a, b = ([turn[field] for turn in turns[who]] for who in ("ours", "diffusers"))
-                    ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-                    mine, theirs = statistics.median(a), statistics.median(b)
+                    mine, theirs, ratio = turns.compare(taken, field)
                     today = str(datetime.date.today())
                     writer.writerow([dtype, what, field, mine, theirs, ratio, args.pairs, machine, today])
                     file.flush()

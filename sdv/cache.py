@@ -32,7 +32,8 @@ class Shards:
     """Named tensors in the safetensors files of a folder, read by memory map."""
 
     def __init__(self, folder: Path):
-        self.folder, self.where, self.waiting, self.open = folder, {}, {}, {}
+        self.folder, self.where, self.open = folder, {}, {}
+        self.waiting, self.waiting_bytes = {}, 0
         folder.mkdir(parents=True, exist_ok=True)
         self.damaged = 0
         self.refresh()
@@ -58,7 +59,8 @@ class Shards:
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.waiting[name] = tensor.cpu().contiguous()
-        if sum(one.nbytes for one in self.waiting.values()) >= SHARD_BYTES:
+        self.waiting_bytes += tensor.nbytes
+        if self.waiting_bytes >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -66,7 +68,7 @@ class Shards:
             path = self.folder / f"{digest(*sorted(self.waiting))}.safetensors"
             write_whole(path, lambda to: save_file(self.waiting, to))
             self.where |= dict.fromkeys(self.waiting, path)
-            self.waiting = {}
+            self.waiting, self.waiting_bytes = {}, 0
 
 
 class Networks(NamedTuple):

@@ -27,7 +27,10 @@ def digest(*parts: object) -> str:
 
 
 class Hashes:
-    """SHA-256 of files, remembered in a file of its own as long as their size and time of change stay."""
+    """SHA-256 of files, remembered in a file of its own as long as their size and time of change stay.
+
+    There they have paths relative to it, so that it can be moved with them.
+    """
 
     def __init__(self, memory: Path):
         self.memory = memory
@@ -38,7 +41,7 @@ class Hashes:
 
     def __call__(self, path: Path) -> str:
         stat = path.stat()
-        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        key, state = os.path.relpath(path, self.memory.parent), [stat.st_size, stat.st_mtime_ns]
         if self.known.get(key, [])[:2] != state:
             with open(path, "rb") as file:
                 self.known[key] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]

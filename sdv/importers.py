@@ -1,7 +1,7 @@
 """Public data sets -> the folders that sdv.data reads. A killed import goes on where it stopped.
 
-python -m sdv.data import subjects200k data/*.parquet OUT    both directions of every pair, as PNG
-python -m sdv.data import clips SOURCE OUT --limit 4000      videos with captions, linked, not re-encoded
+    python -m sdv.data import subjects200k data/*.parquet OUT    both directions of every pair, as PNG
+    python -m sdv.data import clips SOURCE OUT --limit 4000      videos with captions, linked, not re-encoded
 """
 
 import argparse

@@ -105,6 +105,17 @@ def act_on_reference(dit: nn.Module) -> None:
         module.tokens = lambda: dit.ref_tokens
 
 
+def adapt(
+    dit: nn.Module, rank: int, alpha: float, targets: tuple[str, ...] = (), tokens: str = "all"
+) -> dict[str, LoRA]:
+    """Give a transformer a new LoRA, in its own targets or in those named, on "all" tokens or the "ref"'s."""
+    places = dit.lora_targets if tokens == "all" else dit.visual_targets
+    modules = add_lora(dit, rank, alpha, targets or places)
+    if tokens == "ref":
+        act_on_reference(dit)
+    return modules
+
+
 def lora_modules(model: nn.Module) -> dict[str, LoRA]:
     """{path: module} in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}

@@ -20,10 +20,15 @@ def quarters(each: Tensor, t: Tensor, train_steps: int) -> list[float | None]:
     return [each[which == q].mean().item() if (which == q).any() else None for q in range(4)]
 
 
+def summary(each: Tensor, t: Tensor, train_steps: int) -> dict:
+    """Mean of the losses (n,) at times t (n,), of all and by quarter."""
+    return {"loss": each.mean().item(), "quarters": quarters(each, t, train_steps)}
+
+
 def loss_row(losses: Sequence[Losses], train_steps: int) -> dict:
     """Mean loss, all and by quarter, over the samples of all ranks."""
     each, t = (gather(torch.cat(list(column))) for column in zip(*(x[1:] for x in losses), strict=True))
-    return {"loss": each.mean().item(), "quarters": quarters(each, t, train_steps)}
+    return summary(each, t, train_steps)
 
 
 def validate(held_out: Sequence[Callable[[], Losses]], train_steps: int) -> dict:
@@ -35,8 +40,7 @@ def validate(held_out: Sequence[Callable[[], Losses]], train_steps: int) -> dict
             mine = held_out[min(first + rank, len(held_out) - 1)]()
             each, t = (gather(x[None])[: len(held_out) - first].flatten() for x in mine[1:])
             found.append((each, t))
-    each, t = (torch.cat(column) for column in zip(*found, strict=True))
-    return {"loss": each.mean().item(), "quarters": quarters(each, t, train_steps)}
+    return summary(*(torch.cat(column) for column in zip(*found, strict=True)), train_steps)
 
 
 def mean(values: list[float | None]) -> str:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kernels.dispatch import use_triton
-from sdv.lora import act_on_reference, add_lora, lora_parameters
+from sdv.lora import adapt, lora_parameters
 
 Task = Literal["identity", "motion"]
 
@@ -162,11 +162,8 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
     with torch.device("meta"):
         dit = layout.parts["dit"].build()
     dit.blocks = dit.blocks[:layers]
-    places = dit.lora_targets if cfg.lora_tokens == "all" else dit.visual_targets
-    for module in add_lora(dit, cfg.rank, cfg.alpha, cfg.targets or places).values():
+    for module in adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens).values():
         module.dropout = cfg.lora_dropout
-    if cfg.lora_tokens == "ref":
-        act_on_reference(dit)
     dit.checkpoint_every = cfg.checkpoint_every
     return load_nothing(dit, getattr(torch, cfg.dtype), device).train()
 

@@ -1,7 +1,6 @@
 """The folder of a run: its settings, its metrics, and saves that are whole or are not used."""
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from sdv.files import write_whole
 
 
 def saves(out: Path) -> list[Path]:
@@ -22,10 +23,7 @@ def write_save(out: Path, step: int, write_adapter: Callable[[Path], None], stat
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_adapter(temporary / "adapter.safetensors")
-    with open(temporary / "training.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(temporary / "training.pt", lambda to: torch.save(state, to))
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     for old in saves(out)[:-keep]:

@@ -1,7 +1,7 @@
 """Public checkpoints in and out: folders in the diffusers layout or in Wan's original one, and LoRA adapters.
 
-backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
-load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
+    backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
+    load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
 """
 
 import shutil
