@@ -33,6 +33,7 @@ import weights
 from sdv import diagnostics, diagnostics_report, parallel, plan, runs
 from sdv.cache import Cache, Cached, Networks
 from sdv.data import Clips, Pairs, Rows, batches, check_size
+from sdv.frozen import Storage, hold
 from sdv.lora import adapt, lora_modules, lora_parameters
 from sdv.media import fit, read_image, write_video
 from sdv.objectives import (
@@ -117,6 +118,7 @@ class Config:
     save_every: int = 250  # steps
     keep: int = 3  # newest saves that stay
     shard: bool = False  # spread the model over all processes (FSDP2); else each holds all of it
+    frozen: Storage = "device"  # the base's matrices: as they are, fp8, or on the CPU until they are used
     plan: bool = False  # print predicted memory and time of a step, then stop
 
 
@@ -247,6 +249,8 @@ def main() -> None:
         raise ValueError("--pcgrad needs both tasks, one in a step: 0 < --p-video < 1 and --coin step")
     if cfg.shard and (cfg.pcgrad != "none" or (cfg.probe_every and held_out)):
         raise ValueError("--shard splits every gradient over processes: use --pcgrad none --probe-every 0")
+    if cfg.shard and cfg.frozen != "device":
+        raise ValueError("--shard and --frozen both say where the base's matrices are: choose one of them")
     film = sample.with_defaults(
         sample.Config(
             backbone=cfg.backbone, prompt=(), steps=cfg.sample_steps, height=cfg.height, width=cfg.width,
@@ -287,8 +291,10 @@ def main() -> None:
         enc = Encoders(*networks(), ref_tokens)
 
     # 3. The pretrained transformer, frozen, and the LoRA in it: the only thing that learns.
-    parts = ("dit", "vae") if shots else ("dit",)
-    backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts, say)
+    home = cfg.device if cfg.frozen == "device" else "cpu"  # the whole base may not fit on the device
+    backbone = weights.load_backbone(cfg.backbone, home, dtype, ("dit",), say)
+    if shots:
+        backbone.vae = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae",), say).vae
     dit, schedule = backbone.dit, dataclasses.replace(backbone.schedule, train_shift=cfg.t_shift)
     dit.checkpoint_every = cfg.checkpoint_every
     torch.manual_seed(cfg.seed)
@@ -297,6 +303,7 @@ def main() -> None:
         say(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     else:
         adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
+    hold(dit, cfg.frozen, cfg.device)
     place_reference(dit, cfg.ref_position or dit.ref_position)
     for module in lora_modules(dit).values():
         module.dropout = cfg.lora_dropout

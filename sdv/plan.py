@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from sdv.frozen import nbytes
 from sdv.lora import lora_parameters
-from sdv.rehearsal import Encoders, Layout, Settings, Task, build, count, encoding, nbytes
+from sdv.rehearsal import Encoders, Layout, Settings, Task, build, count, encoding
 
 # A step's share of the speed of a large matrix product, on one thread of a CPU (AMD EPYC, AVX-512): one block
 # of CogVideoX-5B with its LoRA, 466 tokens. 0.76 to 0.87 of 87 GFLOP/s in fp32, 0.83 to 0.85 of 197 in bf16.
@@ -70,6 +71,7 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
         changes.append(halves | {"accumulate": 2 * cfg.accumulate})
     changes += [{"cache": "FOLDER"}] * (not cfg.cache) + [{"rank": cfg.rank // 2}] * (cfg.rank > 1)
     changes += [{"shard": True}] * (not cfg.shard)
+    changes += [{"frozen": way} for way in ("fp8", "cpu") if cfg.frozen == "device" and not cfg.shard]
     found = [("as asked", cfg, world)]
     for change in changes:
         name = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in change.items())

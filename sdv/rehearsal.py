@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kernels.dispatch import use_triton
+from sdv.frozen import Storage, hold, nbytes
 from sdv.lora import adapt, lora_parameters
 
 Task = Literal["identity", "motion"]
@@ -48,6 +49,7 @@ class Settings(Protocol):
     dtype: str
     checkpoint_every: int
     shard: bool
+    frozen: Storage
 
 
 class Layout(Protocol):
@@ -165,7 +167,9 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
     for module in adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens).values():
         module.dropout = cfg.lora_dropout
     dit.checkpoint_every = cfg.checkpoint_every
-    return load_nothing(dit, getattr(torch, cfg.dtype), device).train()
+    load_nothing(dit, getattr(torch, cfg.dtype), device)
+    hold(dit, cfg.frozen, device)
+    return dit.train()
 
 
 def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
@@ -224,7 +228,3 @@ def encoding(cfg: Settings, layout: Layout, task: Task) -> Encoders:
             text.encoder(torch.zeros(1, layout.text_tokens, dtype=torch.long))
     flops = (eyes.flops + ears.flops).total()
     return Encoders(nbytes(vae) + nbytes(text), max(eyes.peak, ears.peak), flops)
-
-
-def nbytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())

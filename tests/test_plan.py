@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import weights
 from sdv import plan
+from sdv.frozen import hold
 from sdv.lora import add_lora, lora_parameters
 from sdv.rehearsal import build, count, rehearse
 from weights import tiny as tiny_model
@@ -52,6 +53,7 @@ class Step:
         for path, parameter in self.dit.named_parameters():
             parameter.data = parameter.to(torch.float32 if exact & set(path.split(".")) else self.dtype)
         add_lora(self.dit, cfg.rank, cfg.alpha, self.dit.lora_targets)
+        hold(self.dit, cfg.frozen, "cpu")
         self.dit.checkpoint_every = cfg.checkpoint_every
         for parameter in lora_parameters(self.dit).values():
             parameter.grad = torch.zeros_like(parameter)
@@ -101,10 +103,13 @@ def allocator_peak(step: Step) -> int:
 
 
 @BACKBONES
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_are_what_torch_saves_and_allocates(layout, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "frozen"),
+    [("float32", "device"), ("bfloat16", "device"), ("float32", "fp8"), ("bfloat16", "cpu")],
+)
+def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, frozen):
     for every in (0, 1, 2):
-        cfg = dataclasses.replace(SMALL, checkpoint_every=every, dtype=dtype)
+        cfg = dataclasses.replace(SMALL, checkpoint_every=every, dtype=dtype, frozen=frozen)
         found, step = rehearse(cfg, layout, "motion", 2), Step(cfg, layout)
         step.forward()[0].backward()  # what is made once: tables, caches
         states = GENERATOR * math.ceil(2 / every) if every else 0

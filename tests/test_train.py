@@ -156,6 +156,19 @@ def test_a_killed_process_resumes_bit_for_bit(tiny, tmp_path):
     assert losses(whole) == losses(killed)
 
 
+def test_tensorboard_reads_what_the_journal_says(monkeypatch, tiny, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 4, **RUN}
+    run(monkeypatch, train, options | {"--tensorboard": ""})
+    board = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for task in train.PAIR_OF:
+        rows = [row for row in losses(tmp_path / "run") if row[1] == task]
+        for field, column in (("loss", 2), ("grad_norm", 3)):
+            events = board.Scalars(f"metrics/{task}/{field}")
+            assert [event.step for event in events] == [row[0] for row in rows]
+            assert [event.value for event in events] == pytest.approx([row[column] for row in rows])
+
+
 def test_the_coin_is_fair_and_its_own(monkeypatch):
     cfg = train.Config(p_video=0.2)
     draws = [train.draw_task(step, 0, cfg) for step in range(2000)]
