@@ -37,7 +37,7 @@ class Config:
     adapter: str = ""  # LoRA file; none: the base model
     lora_alpha: float | None = None  # for an adapter file that does not say it
     merge: bool = False  # fold the adapter into the weights: faster, but rounded to their dtype
-    negative: str = ""  # what to move away from
+    negative: str | None = None  # what to move away from; the model's own words if not given
     out: str = "out/samples"  # folder for the MP4 files
     seed: tuple[int, ...] = (0,)  # one or more
     steps: int = 50  # denoising steps
@@ -98,7 +98,7 @@ def latent_shape(layout: weights.Layout, cfg: Config) -> tuple[int, int, int, in
 
 def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
     """Fill what was not given with the model's own values; refuse what cannot be before loading."""
-    missing = [n for n in ("height", "width", "frames", "fps", "guidance") if getattr(cfg, n) is None]
+    missing = [name for name, value in vars(cfg).items() if value is None and hasattr(layout, name)]
     cfg = dataclasses.replace(cfg, **{name: getattr(layout, name) for name in missing})
     check_size(cfg.height, cfg.width, cfg.frames, layout.spatial_ratio, layout.temporal_ratio, layout.patch)
     layout.schedule.timesteps(cfg.steps)

@@ -283,7 +283,8 @@ def main() -> None:
         files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
         store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames)
         prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
-        say(store.fill(folders, prompts | {"", *(shot.prompt for shot in shots)}, networks, rank, world))
+        prompts |= {film.negative, *(shot.prompt for shot in shots)}
+        say(store.fill(folders, prompts, networks, rank, world))
         data, held_out = ({task: Cached(rows, store) for task, rows in d.items()} for d in (data, held_out))
         move = partial(Tensor.to, device=cfg.device)
         enc = Encoders(move, lambda prompts: move(store.text(prompts)), ref_tokens)
@@ -375,7 +376,7 @@ def main() -> None:
             with diagnostics.untouched(dit):
                 for start in range(0, len(shots), world):
                     i = min(start + rank, len(shots) - 1)
-                    texts = enc.text([shots[i].prompt]), enc.text([""])
+                    texts = enc.text([shots[i].prompt]), enc.text([film.negative])
                     (clip,) = sample.generate(backbone, *texts, refs[i], film, [shots[i].seed])
                     if i == start + rank:
                         write_video(out / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)

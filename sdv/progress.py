@@ -82,7 +82,7 @@ class Journal:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ValueError("--tensorboard needs the package: pip install -e '.[tensorboard]'") from error
+                raise ValueError("--tensorboard: pip install -e '.[tensorboard]' first") from error
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, name: str, row: dict) -> None:

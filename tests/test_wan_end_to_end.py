@@ -275,8 +275,11 @@ def test_scaled_fp8_and_single_files_are_refused_with_the_reason(tiny, tmp_path)
         weights.open_backbone(file)
 
 
-def test_the_layout_knows_wans_sizes(tiny):
+def test_the_layout_knows_wans_sizes_and_what_it_samples_away_from(tiny):
     layout = weights.open_backbone(tiny)
+    cfg = sample.Config(backbone=str(tiny), prompt=("a dog",))
+    assert sample.with_defaults(cfg, layout).negative == wan.NEGATIVE
+    assert sample.with_defaults(dataclasses.replace(cfg, negative=""), layout).negative == ""
     assert (layout.frames, layout.height, layout.width, layout.fps) == (121, 704, 1280, 24.0)
     assert (layout.spatial_ratio, layout.temporal_ratio, layout.patch, layout.guidance) == (16, 4, 2, 5.0)
 

@@ -253,6 +253,7 @@ def read_layout(path: Path) -> Layout:
         width=dit.base_width * vae.spatial_ratio,
         fps=8.0,
         guidance=6.0,
+        negative="",
         spatial_ratio=vae.spatial_ratio,
         temporal_ratio=vae.temporal_ratio,
         channels=dit.channels,

@@ -42,6 +42,7 @@ class Layout:
     width: int
     fps: float
     guidance: float
+    negative: str  # prompt to move away from
     spatial_ratio: int  # pixels per latent
     temporal_ratio: int  # frames per latent, after the first
     channels: int  # of a latent

@@ -11,6 +11,14 @@ from weights.cogvideox import T5_NAMES, t5_config
 from weights.layout import Layout, Part, read_config
 from weights.tensors import Names, read_json
 
+# What the vendor samples away from: garish colours, overexposure, stillness, subtitles, painting, grey, low
+# quality, compression, malformed hands, faces and limbs, clutter, three legs, crowds, walking backwards.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
 # ---------------------------------------------------------------------------------------- transformer
 DIT_NAMES: Names = {
     "patch_embedding": "patch_in",
@@ -372,6 +380,7 @@ def _layout(
         width=1280,
         fps=24.0,
         guidance=5.0,
+        negative=NEGATIVE,
         spatial_ratio=vae.spatial_ratio,
         temporal_ratio=vae.temporal_ratio,
         channels=dit.channels,
