@@ -22,6 +22,9 @@ RUNS: dict[str, dict[str, object]] = {
     "PCGrad buffer 4": {"pcgrad": "buffer-4"},
     "PCGrad buffer 8": {"pcgrad": "buffer-8"},
 }
+# A quarter of the recipe's pairs and half of its clips a step, so that two cores need minutes for a run; a half of
+# the probe averages eight such micro-batches.
+SCALE = {"identity_batch": 16, "motion_batch": 4, "val_batches": 8}
 COLUMNS = ("cross", "identity", "motion", "corrected")
 
 
@@ -77,7 +80,8 @@ def main() -> None:
                 continue
             folder = out / kept.name
             probe = {"val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0}
-            toy.train(folder, data, cfg.steps, seed=seed, probe_every=cfg.every, **probe, **RUNS[name])
+            probe |= {"probe_every": cfg.every}
+            toy.train(folder, data, cfg.steps, seed=seed, **SCALE, **probe, **RUNS[name])
             kept.mkdir(parents=True)
             for file in ("probes.jsonl", "config.json"):
                 shutil.copyfile(folder / file, kept / file)

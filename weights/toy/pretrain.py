@@ -50,10 +50,10 @@ class Config:
 
 SIZE, FRAMES = 64, 17
 CLIPS, PICTURES = 3000, 6000  # of the world's base split
-STEPS = {"vae": 3000, "dit": 3600}
+STEPS = {"vae": 3000, "dit": 7200}
 PARTS = 2  # of a step's batch, each with its own gradient
 BATCH = {"vae": 4, "clips": 8, "pictures": 48}  # of one part
-RATE = {"vae": 1e-3, "dit": 3e-3}
+RATE = {"vae": 1e-3, "dit": 3e-3}  # dit's loss after 180 steps: 0.170 at 1e-3, 0.086 at 3e-3, 0.081 at 8e-3
 WARMUP = 100
 AVERAGE = 0.995  # of the running mean of the weights, which is what is kept
 
