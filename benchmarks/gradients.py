@@ -22,8 +22,8 @@ RUNS: dict[str, dict[str, object]] = {
     "PCGrad buffer 4": {"pcgrad": "buffer-4"},
     "PCGrad buffer 8": {"pcgrad": "buffer-8"},
 }
-# A quarter of the recipe's pairs and half of its clips a step, so that two cores need minutes for a run; a half of
-# the probe averages eight such micro-batches.
+# A quarter of the recipe's pairs and half of its clips a step: minutes a run on two cores. A half of the
+# probe averages eight such micro-batches.
 SCALE = {"identity_batch": 16, "motion_batch": 4, "val_batches": 8}
 COLUMNS = ("cross", "identity", "motion", "corrected")
 
