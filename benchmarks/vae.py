@@ -1,9 +1,10 @@
-"""The full-size CogVideoX VAE (215,583,907 random parameters) beside diffusers' on this machine's CPU.
+"""A full-size VAE with random weights beside diffusers' on this machine's CPU.
 
-    python -m benchmarks.vae            # prints a table and writes benchmarks/vae.csv
+    python -m benchmarks.vae cogvideox          # prints a table and writes benchmarks/vae-cogvideox.csv
+    python -m benchmarks.vae wan --pairs 1      # Wan2.2's
 
-17 frames of 240 x 360, both ways. The two take turns in processes of their own; ratios are pair by pair.
-Memory is what the process grows by while it works, weights not counted.
+17 frames, both ways. The two take turns in processes of their own; ratios are pair by pair. Memory is what
+the process grows by while it works, weights not counted.
 """
 
 import argparse
@@ -14,55 +15,71 @@ import platform
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks import turns
 
-FRAMES, HEIGHT, WIDTH = 17, 240, 360
+SHAPES = {  # of the pixels and of the latents
+    "cogvideox": ((1, 3, 17, 240, 360), (1, 16, 5, 30, 45)),
+    "wan": ((1, 3, 17, 256, 384), (1, 48, 5, 16, 24)),
+}
 
 
-def ours():
+def ours(model: str) -> nn.Module:
+    if model == "wan":
+        from sdv.wan_vae import WanVAE, WanVAEConfig
+
+        return WanVAE(WanVAEConfig())
     from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 
-    vae = CogVideoXVAE(CogVideoXVAEConfig())
-    return vae, vae.encode, vae.decode
+    return CogVideoXVAE(CogVideoXVAEConfig())
 
 
-def diffusers():
+def diffusers(model: str) -> nn.Module:
+    if model == "wan":
+        from diffusers import AutoencoderKLWan
+
+        from sdv.wan_vae import MEAN, STD
+
+        return AutoencoderKLWan(
+            base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+            patch_size=2, scale_factor_spatial=16, temperal_downsample=[False, True, True],
+            latents_mean=list(MEAN), latents_std=list(STD),
+        )  # fmt: skip
     from diffusers import AutoencoderKLCogVideoX
 
-    widths = (128, 256, 256, 512)
-    vae = AutoencoderKLCogVideoX(block_out_channels=widths, scaling_factor=0.7)
-    return vae, lambda clip: vae.encode(clip).latent_dist.mean, lambda latents: vae.decode(latents).sample
+    return AutoencoderKLCogVideoX(block_out_channels=(128, 256, 256, 512), scaling_factor=0.7)
 
 
 @torch.inference_mode()
-def child(who: str, what: str, dtype: torch.dtype) -> dict:
+def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
     """Seconds of one pass, and the growth of the process's peak memory in GB."""
-    vae, encode, decode = {"ours": ours, "diffusers": diffusers}[who]()
-    vae.eval().to(dtype)
-    shape = (1, 3, FRAMES, HEIGHT, WIDTH) if what == "encode" else (1, 16, 5, HEIGHT // 8, WIDTH // 8)
-    x = torch.randn(shape, dtype=dtype)
-    return turns.measured(lambda: (encode if what == "encode" else decode)(x))
+    vae = {"ours": ours, "diffusers": diffusers}[who](model).eval().to(dtype)
+    x = torch.randn(SHAPES[model][what == "decode"], dtype=dtype)
+    work = vae.encode if what == "encode" else vae.decode
+    return turns.measured(lambda: work(x))
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("model", choices=SHAPES)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--child", nargs=3, metavar=("WHO", "WHAT", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         who, what, dtype = args.child
-        print(json.dumps(child(who, what, getattr(torch, dtype))))
+        print(json.dumps(child(who, args.model, what, getattr(torch, dtype))))
         return
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+    with open(Path(__file__).with_name(f"vae-{args.model}.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["dtype", "pass", "figure", "ours", "diffusers", "ratio", "pairs", "machine", "date"])
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         for dtype in args.dtypes:
             for what in ("encode", "decode"):
-                taken = turns.take("benchmarks.vae", ("ours", "diffusers"), args.pairs, what, dtype)
+                job = what, dtype, args.model
+                taken = turns.take("benchmarks.vae", ("ours", "diffusers"), args.pairs, *job)
                 for field in ("seconds", "gigabytes"):
                     mine, theirs, ratio = turns.compare(taken, field)
                     today = str(datetime.date.today())
