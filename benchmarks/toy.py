@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sample
 import weights
-from sdv import metrics, world
+from sdv import metrics, runs, world
 from sdv.lora import lora_modules
 from sdv.media import fit
 
@@ -55,13 +55,14 @@ def make_world(out: Path, **counts: int) -> Path:
 
 
 def train(out: Path, data: Path, steps: int, **settings: object) -> Path:
-    """Run train.py on a world's pairs and clips; returns the adapter. A run that is there is not repeated."""
+    """Run train.py on a world's pairs and clips; returns the adapter. A stopped run goes on."""
     adapter = out / f"step-{steps:06d}" / "adapter.safetensors"
     if not adapter.is_file():
         options = RECIPE | {"steps": steps, "save_every": steps} | settings
         options |= {"backbone": TOY, "pairs": data / "pairs", "clips": data / "clips", "out": out}
         options |= {"cache": data / "cache"}
-        subprocess.run([sys.executable, "train.py", *arguments(options)], cwd=ROOT, check=True)
+        go_on = ["--resume"] * bool(runs.saves(out))
+        subprocess.run([sys.executable, "train.py", *arguments(options), *go_on], cwd=ROOT, check=True)
     return adapter
 
 
