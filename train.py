@@ -47,7 +47,7 @@ from sdv.objectives import (
     random_frame,
 )
 from sdv.positions import place_reference
-from sdv.progress import Journal, by_quarter, log_line, loss_row, peak_memory, read_shots, validate
+from sdv.progress import RunLog, by_quarter, log_line, loss_row, peak_memory, read_shots, validate
 from sdv.seeds import generator
 from sdv.settings import parse, run
 
@@ -341,7 +341,7 @@ def main() -> None:
         task: batches(rows, size[task], cfg.seed, seen[task] // (size[task] * world), *place)
         for task, rows in data.items()
     }
-    journal = Journal(out, cfg.tensorboard)
+    log = RunLog(out, cfg.tensorboard)
 
     def save(step: int) -> None:
         """All ranks give their share, rank 0 writes."""
@@ -363,13 +363,13 @@ def main() -> None:
             save(step)
         if probe and cfg.probe_every and step % cfg.probe_every == 0:
             row = {"step": step} | diagnostics.probe(dit, probe)
-            journal.write("probes", row)
+            log.write("probes", row)
             tell(diagnostics_report.line(row))
         if held and cfg.val_every and step % cfg.val_every == 0:
             for task, losses in held.items():
                 with diagnostics.untouched(dit):
                     row = {"step": step, "task": task} | validate(losses, schedule.train_steps)
-                journal.write("validation", row)
+                log.write("validation", row)
                 tell(f"held out, {task}: loss {row['loss']:.4f} | by t {by_quarter([row])}")
         if shots and step % cfg.sample_every == 0:
             # Every rank films its share; where the model is sharded, spare ranks film along.
@@ -406,7 +406,7 @@ def main() -> None:
             row = {"step": step, "task": task} | loss_row(losses[task], schedule.train_steps)
             row |= {"grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"]}
             row |= {"seconds": time.perf_counter() - start, "memory_gb": peak_memory(cfg.device)}
-            journal.write("metrics", row)
+            log.write("metrics", row)
             history.append(row)
         tell(log_line(history, cfg.steps))
         if asked_to_stop():

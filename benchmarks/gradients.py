@@ -22,9 +22,6 @@ RUNS: dict[str, dict[str, object]] = {
     "PCGrad buffer 4": {"pcgrad": "buffer-4"},
     "PCGrad buffer 8": {"pcgrad": "buffer-8"},
 }
-# A quarter of the recipe's pairs and half of its clips a step: minutes a run on two cores. A half of the
-# probe averages eight such micro-batches.
-SCALE = {"identity_batch": 16, "motion_batch": 4, "val_batches": 8}
 COLUMNS = ("cross", "identity", "motion", "corrected")
 
 
@@ -35,9 +32,9 @@ class Config:
     steps: int = 1000  # of each run (paper: the first 1,000)
     every: int = 50  # steps between probes (paper: 5 to 50)
     settled: int = 100  # the table's means begin after this step
-    pairs: int = 4000  # picture pairs
+    pairs: int = 2000  # picture pairs
     clips: int = 64  # clips of other subjects
-    out: str = "out/gradients"  # worlds and runs
+    out: str = "out/study"  # worlds and runs
 
 
 def means(folder: Path, settled: int) -> dict[str, float]:
@@ -71,17 +68,19 @@ def table(settled: int) -> str:
 def main() -> None:
     cfg = parse(Config, __doc__)
     out = Path(cfg.out).resolve()
-    data = toy.make_world(out / "world", pairs=cfg.pairs, clips=cfg.clips)
+    data = toy.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
     unseen = toy.make_world(out / "unseen", pairs=512, clips=64, seed=1)
+    probe = {
+        "val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0,
+        "probe_every": cfg.every, "val_batches": 8,  # micro-batches that a half of the probe averages
+    }  # fmt: skip
     for seed in cfg.seeds:
         for name in cfg.runs:
             kept = HERE / f"{toy.slug(name)}-{seed}"
             if kept.is_dir():
                 continue
             folder = out / kept.name
-            probe = {"val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0}
-            probe |= {"probe_every": cfg.every}
-            toy.train(folder, data, cfg.steps, seed=seed, **SCALE, **probe, **RUNS[name])
+            toy.train(folder, data, cfg.steps, seed=seed, **toy.STUDY, **probe, **RUNS[name])
             kept.mkdir(parents=True)
             for file in ("probes.jsonl", "config.json"):
                 shutil.copyfile(folder / file, kept / file)

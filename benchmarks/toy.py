@@ -1,6 +1,6 @@
 """The micro-world as a bench: an adapter trained by train.py, held-out subjects filmed by it, and a judge.
 
-What demo.py and claims.py have in common. The base is weights/toy; times are of two CPU cores.
+What demo.py, claims.py and gradients.py have in common. The base is weights/toy; times are of two CPU cores.
 """
 
 import json
@@ -28,6 +28,8 @@ RECIPE = {
     "rank": 64, "alpha": 64, "lr": 3e-3, "warmup": 50, "dtype": "bfloat16", "checkpoint_every": 0,
     "identity_batch": 64, "motion_batch": 8, "accumulate": 1, "workers": 0, "verify": 8,
 }  # fmt: skip
+# Runs that are compared have a quarter of the recipe's pairs and half of its clips a step: minutes a run.
+STUDY = {"identity_batch": 16, "motion_batch": 4}
 
 
 def arguments(options: dict[str, object]) -> list[str]:
@@ -52,6 +54,11 @@ def make_world(out: Path, **counts: int) -> Path:
         subprocess.run([sys.executable, "-m", "sdv.world", str(out), *flags], cwd=ROOT, check=True)
         done.write_text(json.dumps(counts))
     return out
+
+
+def study_world(out: Path, **counts: int) -> Path:
+    """The world of a study's runs, in a folder named by its counts."""
+    return make_world(out / "worlds" / "-".join(f"{name}{count}" for name, count in counts.items()), **counts)
 
 
 def train(out: Path, data: Path, steps: int, **settings: object) -> Path:

@@ -1,4 +1,4 @@
-"""What both backbones are built of: time embedding, feed-forward, patches, the walk through the blocks."""
+"""What both backbones share: what stays float32, the time, feed-forward, patches, the walk through the blocks."""
 
 import math
 
@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+def stays_float32(module: nn.Module, path: str) -> bool:
+    """Whether the parameter at this path is of those that the module's `in_float32` names."""
+    return not set(getattr(module, "in_float32", ())).isdisjoint(path.split("."))
 
 
 def sinusoid(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -73,7 +73,7 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Journal:
+class RunLog:
     """Rows of numbers into JSONL files of a folder and, if asked, into TensorBoard. Rank 0 alone writes."""
 
     def __init__(self, folder: Path, tensorboard: bool):

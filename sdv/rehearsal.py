@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from kernels.dispatch import use_triton
 from sdv.frozen import Storage, hold, nbytes
+from sdv.layers import stays_float32
 from sdv.lora import adapt, lora_parameters
 
 Task = Literal["identity", "motion"]
@@ -150,10 +151,9 @@ class Count(NamedTuple):
 
 def load_nothing(module: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
     """Give a meta module the parameters that weights.load_backbone would: dtype, but what must be fp32."""
-    exact = set(getattr(module, "in_float32", ()))
     for path, old in list(module.named_parameters()):
         owner, _, leaf = path.rpartition(".")
-        wide = old.requires_grad or not exact.isdisjoint(path.split("."))
+        wide = old.requires_grad or stays_float32(module, path)
         new = torch.empty(old.shape, dtype=torch.float32 if wide else dtype, device=device)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
     return module

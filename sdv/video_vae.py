@@ -1,6 +1,6 @@
 """What both VAEs do around their networks: sizes, a sample of the posterior, chunks of frames, tiles."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
     overlap_width: int
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(nn.Module, ABC):
     """Encodes clips to latents and decodes them, a few frames at a time.
 
     When parameters or input need gradients all activations are kept; else memory does not grow with time.

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdv.files import write_whole
+from sdv.layers import stays_float32
 
 Names = dict[str, str | None]
 
@@ -204,12 +205,11 @@ def load_into(
     """
     start = time.perf_counter()
     checkpoint = Pickle(source) if Path(source).suffix == ".pth" else Checkpoint(source)
-    exact = set(getattr(module, "in_float32", ()))
     size = count = 0
     for ours, theirs in plan(module, names, checkpoint).items():
         owner, _, leaf = ours.rpartition(".")
-        kept = not exact.isdisjoint(ours.split("."))
-        tensor = checkpoint[theirs].to(device=device, dtype=torch.float32 if kept else dtype)
+        kept = torch.float32 if stays_float32(module, ours) else dtype
+        tensor = checkpoint[theirs].to(device=device, dtype=kept)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         size += tensor.nbytes
         count += tensor.numel()
