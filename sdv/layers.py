@@ -1,4 +1,4 @@
-"""What both backbones share: what stays float32, the time, feed-forward, patches, the walk through the blocks."""
+"""What both backbones share: what stays float32, time, feed-forward, patches, the walk through the blocks."""
 
 import math
 

@@ -215,9 +215,13 @@ class TextEncoder(nn.Module):
         """Prompts to ids (B, L), on the encoder's device."""
         return self.tokenizer(prompts).to(self.encoder.embed.weight.device)
 
+    def encode(self, ids: Tensor) -> Tensor:
+        """Ids (B, L) -> features (B, L, D), with their gradient."""
+        return self.encoder(ids)
+
     @torch.no_grad()
     def forward(self, prompts: str | Sequence[str]) -> Tensor:
-        return self.encoder(self.tokenize(prompts))                       # (B, L, D)
+        return self.encode(self.tokenize(prompts))                        # (B, L, D)
 
 
 # ftfy mends broken encodings and full-width signs. The original runs it, but nothing here depends on it.
@@ -242,9 +246,7 @@ class UMT5TextEncoder(TextEncoder):
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return super().tokenize([clean(prompt) for prompt in prompts])
 
-    @torch.no_grad()
-    def forward(self, prompts: str | Sequence[str]) -> Tensor:
-        ids = self.tokenize(prompts)                                      # (B, L)
+    def encode(self, ids: Tensor) -> Tensor:
         places = torch.arange(ids.shape[1], device=ids.device)
         lengths = ((ids == EOS) * (places + 1)).amax(dim=1)               # (B,): every prompt ends with </s>
         mask = places < lengths[:, None]                                  # (B, L)

@@ -44,6 +44,17 @@ def tiny(tmp_path_factory):
     return path
 
 
+def test_a_small_model_may_read_fewer_tokens(tiny, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(tiny, small)
+    config = small / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 40}))
+    whole, short = (weights.load_backbone(path, parts=("text",), log=quiet) for path in (tiny, small))
+    assert (whole.layout.text_tokens, short.layout.text_tokens) == (512, 40)
+    prompt = "a dog lies on the grass in the sun"
+    torch.testing.assert_close(short.text(prompt), whole.text(prompt)[:, :40], rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------------------- the two scripts
 @torch.no_grad()
 def fixed_losses(folder, adapter) -> dict[str, float]:

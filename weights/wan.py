@@ -318,12 +318,13 @@ def read_layout(path: Path) -> Layout:
 def _diffusers_layout(path: Path) -> Layout:
     read_config(path / "model_index.json", _check_index)
     dit = read_config(path / CONFIGS["dit"], dit_config)
+    dit = dataclasses.replace(dit, text_tokens=_text_tokens(path / "tokenizer/tokenizer_config.json"))
     vae = read_config(path / CONFIGS["vae"], vae_config)
     text = read_config(path / CONFIGS["text"], umt5_config)
     parts = {
         "dit": Part("transformer", DIT_FILE, DIT_NAMES, lambda: WanDiT(dit)),
         "vae": Part("vae", DIT_FILE, VAE_NAMES, lambda: WanVAE(vae)),
-        "text": _text_part(path / "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text),
+        "text": _text_part(path / "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text, dit),
     }
     schedule = read_config(path / CONFIGS["schedule"], schedule_from)
     files = ("model_index.json", *CONFIGS.values(), *_vocabulary(path, "tokenizer"))
@@ -335,7 +336,7 @@ def _original_layout(path: Path) -> Layout:
     parts = {
         "dit": Part("", DIT_FILE, DIT_NAMES_ORIGINAL, lambda: WanDiT(dit)),
         "vae": Part("", VAE_PTH, VAE_NAMES_ORIGINAL, lambda: WanVAE(vae)),
-        "text": _text_part(path / "google/umt5-xxl", "", UMT5_PTH, UMT5_NAMES_ORIGINAL, UMT5_XXL),
+        "text": _text_part(path / "google/umt5-xxl", "", UMT5_PTH, UMT5_NAMES_ORIGINAL, UMT5_XXL, dit),
     }
     files = ("config.json", *_vocabulary(path, "google/umt5-xxl"))
     return _layout(path, parts, FlowMatching(), files, dit, vae)
@@ -349,10 +350,16 @@ def _check_index(json: dict) -> None:
         )
 
 
-def _text_part(tokenizer: Path, folder: str, file: str, names: Names, cfg: T5Config) -> Part:
+def _text_tokens(config: Path) -> int:
+    """Tokens of a prompt: Wan's, or fewer if the tokenizer of a small model says so."""
+    stated = read_json(config).get("model_max_length") if config.is_file() else None
+    return min(stated or WanConfig.text_tokens, WanConfig.text_tokens)
+
+
+def _text_part(tokenizer: Path, folder: str, file: str, names: Names, cfg: T5Config, dit: WanConfig) -> Part:
     model = tokenizer / "spiece.model"
     model = model if model.is_file() else tokenizer / "tokenizer.json"
-    reader = Tokenizer(model, WanConfig.text_tokens, EXTRA_IDS, unk=UNK)
+    reader = Tokenizer(model, dit.text_tokens, EXTRA_IDS, unk=UNK)
     build = lambda: UMT5TextEncoder(reader, T5Encoder(cfg))  # noqa: E731
     return Part(folder, file, names, build, root="encoder", note=CLEANING)
 

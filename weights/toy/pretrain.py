@@ -8,6 +8,7 @@
 
 Training goes on where it was stopped, or from weights/toy if out/base is gone; --steps prolongs it. Results
 into weights/toy, which any script takes as its --backbone; README.md there has the recipe and what it gave.
+With `--family wan --out out/wan` the same stages make a Wan of this world, in out/wan/model.
 """
 
 import json
@@ -26,13 +27,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sample
-from sdv import metrics, world
+from sdv import cogvideox_vae, metrics, wan_vae, world
 from sdv.causal_conv import CausalConv, conv2d
-from sdv.cogvideox_vae import Block, CogVideoXVAE
+from sdv.layers import stays_float32
 from sdv.media import from_uint8, write_image
 from sdv.seeds import generator
 from sdv.settings import parse
-from sdv.text import TextEncoder, Tokenizer
+from sdv.video_vae import VideoVAE
 from weights import Backbone, load_backbone, open_backbone, tiny
 from weights.tensors import save_module
 
@@ -43,6 +44,7 @@ from weights.tensors import save_module
 class Config:
     stage: str  # new, vae, latents, dit or score
     steps: int = 0  # length of the stage so far; the rate falls over its last third (0: the recipe's)
+    family: str = "cogvideox"  # or wan: of which classes the model is
     out: str = "out/base"  # state, logs, pictures to look at
     save_every: int = 100  # steps between saves
     threads: int = 2  # of the CPU
@@ -55,6 +57,7 @@ PARTS = 2  # of a step's batch, each with its own gradient
 BATCH = {"vae": 4, "clips": 8, "pictures": 48}  # of one part
 RATE = {"vae": 1e-3, "dit": 3e-3}  # dit's loss after 180 steps: 0.170 at 1e-3, 0.086 at 3e-3, 0.081 at 8e-3
 WARMUP = 100
+BLOCKS = cogvideox_vae.Block, wan_vae.Block
 AVERAGE = 0.995  # of the running mean of the weights, which is what is kept
 
 # Why these sizes. 64x64 pixels are 8x8 latents, 16 tokens a frame. The temporal ratio is 1, not 4: motion is
@@ -86,32 +89,69 @@ CONFIGS = {
     },
     "text_encoder/config.json": tiny.TEXT_ENCODER | {"d_model": 96, "d_kv": 24, "d_ff": 192},
 }
+# The same sizes in Wan's classes. Half of the VAE's way down is its patch.
+WAN_CONFIGS = {
+    **tiny.WAN_CONFIGS,
+    "vae/config.json": tiny.WAN_CONFIGS["vae/config.json"]
+    | {
+        "base_dim": 32,
+        "decoder_base_dim": 32,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, False],
+        "scale_factor_spatial": 8,
+        "scale_factor_temporal": 1,
+        "latents_mean": [0.0] * 16,
+        "latents_std": [1.0] * 16,
+    },
+    "transformer/config.json": tiny.WAN_CONFIGS["transformer/config.json"]
+    | {
+        "num_attention_heads": 4,
+        "ffn_dim": 1024,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 6,
+        "text_dim": 96,
+    },
+    "text_encoder/config.json": tiny.WAN_CONFIGS["text_encoder/config.json"]
+    | {"d_model": 96, "d_kv": 24, "d_ff": 192},
+    "tokenizer/tokenizer_config.json": tiny.WAN_CONFIGS["tokenizer/tokenizer_config.json"]
+    | {"model_max_length": 32},
+}
+FAMILIES = {"cogvideox": CONFIGS, "wan": WAN_CONFIGS}
 TOY = Path(__file__).resolve().parent
+
+
+def home(cfg: Config) -> Path:
+    """The checkpoint's folder."""
+    return TOY if cfg.family == "cogvideox" else Path(cfg.out) / "model"
 
 
 def begin(cfg: Config) -> None:
     """Write configs and a vocabulary of the captions, and forget all weights. Not where a run has begun."""
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
-    tiny.create(TOY, CONFIGS, tiny.train_vocabulary(captions(5000, FRAMES), 256))
-    for part in open_backbone(TOY).parts.values():
-        (TOY / part.folder / part.file).unlink()
+    vocabulary = tiny.train_vocabulary(captions(5000, FRAMES), 256, umt5=cfg.family == "wan")
+    tiny.create(home(cfg), FAMILIES[cfg.family], vocabulary)
+    for part in open_backbone(home(cfg)).parts.values():
+        (home(cfg) / part.folder / part.file).unlink()
 
 
-def load_part(name: str) -> nn.Module:
-    """One network of weights/toy in fp32, to be trained; random where the folder has no weights of it yet."""
-    part = open_backbone(TOY).parts[name]
-    if (TOY / part.folder / part.file).is_file():
-        module = getattr(load_backbone(TOY, parts=(name,)), name)
+def load_part(name: str, cfg: Config) -> nn.Module:
+    """One network of the folder in fp32, to be trained; random where the folder has no weights of it yet."""
+    part = open_backbone(home(cfg)).parts[name]
+    if (home(cfg) / part.folder / part.file).is_file():
+        module = getattr(load_backbone(home(cfg), parts=(name,)), name)
         return module.get_submodule(part.root).requires_grad_(True)
     torch.manual_seed(0)
     module = part.build().get_submodule(part.root)
     return prepare(module) if name == "vae" else module
 
 
-def save_part(name: str, module: nn.Module) -> None:
-    part = open_backbone(TOY).parts[name]
-    save_module(module, part.names, TOY / part.folder / part.file, torch.bfloat16)
+def save_part(name: str, module: nn.Module, cfg: Config) -> None:
+    part = open_backbone(home(cfg)).parts[name]
+    save_module(module, part.names, home(cfg) / part.folder / part.file, torch.bfloat16)
 
 
 def captions(count: int, frames: int) -> list[str]:
@@ -129,7 +169,7 @@ class Learner:
     """
 
     def __init__(self, module: nn.Module, name: str, cfg: Config):
-        self.module, self.cfg = module.to(torch.bfloat16), cfg
+        self.module, self.cfg = module, cfg
         self.rate, self.steps = RATE[name], cfg.steps or STEPS[name]
         self.file, self.log = Path(cfg.out) / f"{name}.pt", Path(cfg.out) / f"{name}.jsonl"
         # Matrices as they multiply: a filter's taps are columns.
@@ -137,6 +177,9 @@ class Learner:
             p.detach().float().flatten(min(1, p.ndim - 1)).requires_grad_() for p in module.parameters()
         ]
         self.mean = [p.detach().clone() for p in self.master]
+        for path, parameter in module.named_parameters():
+            dtype = torch.float32 if stays_float32(module, path) else torch.bfloat16
+            parameter.data = parameter.data.to(dtype)
         tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
         matrices, others = [], []
         for parameter, master in zip(module.parameters(), self.master, strict=True):
@@ -233,7 +276,7 @@ def world_frames(out: Path, clips: int, pictures: int) -> tuple[np.ndarray, np.n
     return tuple(np.load(out / f"{name}.npy", mmap_mode="r") for name in shapes)
 
 
-def lone_frames(vae: CogVideoXVAE) -> CogVideoXVAE:
+def lone_frames(vae: VideoVAE) -> VideoVAE:
     """Make a VAE treat its batch as lone frames, with a third of the work: a convolution's newest tap only.
 
     The other two taps start at zero and stay there: the finished VAE codes every frame of a clip by itself.
@@ -250,21 +293,22 @@ def lone_frames(vae: CogVideoXVAE) -> CogVideoXVAE:
 
 
 @torch.no_grad()
-def prepare(vae: CogVideoXVAE) -> CogVideoXVAE:
+def prepare(vae: VideoVAE) -> VideoVAE:
     """A start that learns fast: filters of one frame, residual branches at zero, little noise on latents."""
     for conv in (module for module in vae.modules() if isinstance(module, CausalConv)):
         conv.weight *= 3**0.5  # a third of the inputs is left
         conv.weight[:, :, :2] = 0
-    for block in (module for module in vae.modules() if isinstance(module, Block)):
+    for block in (module for module in vae.modules() if isinstance(module, BLOCKS)):
         nn.init.zeros_(block.conv2.weight)
-    vae.encoder.conv_out.bias[vae.latent_channels :] = -6.0
+    last = vae.encoder.posterior if isinstance(vae, wan_vae.WanVAE) else vae.encoder.conv_out
+    last.bias[vae.latent_channels :] = -6.0
     return vae
 
 
 def train_vae(cfg: Config) -> None:
     out = Path(cfg.out)
     clips, pictures = world_frames(out, CLIPS, PICTURES)
-    vae = lone_frames(load_part("vae"))
+    vae = lone_frames(load_part("vae", cfg))
     learner = Learner(vae, "vae", cfg)
     held = [world.render(world.scene(i, 1, "heldout"), SIZE)[0] for i in range(48)]
     held = from_uint8(torch.from_numpy(np.stack(held))).movedim(-1, 1)[:, :, None].bfloat16()
@@ -278,7 +322,7 @@ def train_vae(cfg: Config) -> None:
         x = frames.movedim(-1, 1)[:, :, None].bfloat16()  # (B, 3, 1, H, W)
         mean, logvar = vae.posterior(x)
         noise = torch.randn(mean.shape, generator=generator(2, step, part)).bfloat16()
-        y = vae.decode((mean + torch.exp(logvar / 2) * noise) * vae.cfg.scaling)
+        y = vae.decode(vae.scaled(mean + torch.exp(logvar / 2) * noise))
         error = (y - x).float()
         kl = (mean.square() + logvar.exp() - 1 - logvar).float().mean() / 2
         edges = sum(error.diff(dim=side).abs().mean() for side in (-1, -2))
@@ -288,7 +332,7 @@ def train_vae(cfg: Config) -> None:
     def check() -> dict[str, float]:
         y = vae.decode(vae.encode(held)).float().clamp(-1, 1)
         show(out / "vae.png", torch.cat([held[:16].float(), y[:16]], dim=2))
-        save_part("vae", vae)
+        save_part("vae", vae, cfg)
         return {"psnr": psnr(y, held.float())}
 
     run(learner, loss_at, check)
@@ -313,8 +357,8 @@ def show(path: Path, clips: Tensor, scale: int = 3) -> None:
 
 @torch.no_grad()
 def make_latents(cfg: Config) -> None:
-    out = Path(cfg.out)
-    vae = lone_frames(load_backbone(TOY, dtype=torch.bfloat16, parts=("vae",)).vae)
+    out, config = Path(cfg.out), home(cfg) / "vae/config.json"
+    vae = lone_frames(load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae)
 
     def encode(frames: np.ndarray) -> Tensor:
         """(N, T, H, W, 3) uint8 -> unscaled latents (N, C, T, h, w)."""
@@ -327,11 +371,19 @@ def make_latents(cfg: Config) -> None:
         starts = tqdm(range(0, len(frames), step), f"{name} to latents")
         latents = torch.cat([encode(frames[i : i + step]) for i in starts])
         if name == "clips":
-            scaling = round(1 / latents.float().std().item(), 4)  # so that latents have unit variance
-            config = json.loads((TOY / "vae/config.json").read_text()) | {"scaling_factor": scaling}
-            (TOY / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n")
-        torch.save(latents * scaling, out / f"{name}.latents.pt")
-    print(f"scaling_factor {scaling}")
+            content = json.loads(config.read_text()) | scale(latents, cfg)
+            config.write_text(json.dumps(content, indent=2) + "\n")
+            vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
+        torch.save(vae.scaled(latents), out / f"{name}.latents.pt")
+
+
+def scale(latents: Tensor, cfg: Config) -> dict[str, object]:
+    """What gives latents (N, C, T, h, w) unit variance, as the VAE's config has it."""
+    if cfg.family == "cogvideox":
+        return {"scaling_factor": round(1 / latents.float().std().item(), 4)}
+    channels = latents.float().transpose(0, 1).flatten(1)
+    moments = {"latents_mean": channels.mean(1), "latents_std": channels.std(1)}
+    return {name: [round(value, 4) for value in moment.tolist()] for name, moment in moments.items()}
 
 
 # ── Stage dit: text-to-video ────────────────────────────────────────────────────────────────────────────
@@ -339,11 +391,13 @@ def make_latents(cfg: Config) -> None:
 
 def train_dit(cfg: Config) -> None:
     out = Path(cfg.out)
-    layout = open_backbone(TOY)
-    dit, encoder = load_part("dit"), load_part("text")
-    learner = Learner(nn.ModuleList([dit, encoder]), "dit", cfg)
-    text = TextEncoder(Tokenizer(TOY / "tokenizer/spiece.model", layout.text_tokens), encoder)
-    vae = load_backbone(TOY, dtype=torch.bfloat16, parts=("vae",)).vae
+    layout = open_backbone(home(cfg))
+    dit, text = load_part("dit", cfg), layout.parts["text"].build()
+    text.encoder = load_part("text", cfg)
+    both = nn.ModuleList([dit, text.encoder])
+    both.in_float32 = getattr(dit, "in_float32", ())
+    learner = Learner(both, "dit", cfg)
+    vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
     backbone = Backbone(layout, dit, vae, text)
     latents = {name: torch.load(out / f"{name}.latents.pt") for name in ("clips", "pictures")}
     prompts = {"clips": captions(CLIPS, FRAMES), "pictures": captions(PICTURES, 1)}
@@ -359,13 +413,13 @@ def train_dit(cfg: Config) -> None:
         x = latents[name][rows].float()
         t = schedule.draw(len(x), draws)
         noise = torch.randn(x.shape, generator=draws)
-        features = encoder(torch.where(dropped, blank, ids[name][rows]))
+        features = text.encode(torch.where(dropped, blank, ids[name][rows]))
         pred = dit(schedule.add_noise(x, noise, t).bfloat16(), t, features)
         return {name: F.mse_loss(pred.float(), schedule.target(x, noise, t))}
 
     def check() -> dict[str, float]:
-        save_part("dit", dit)
-        save_part("text", encoder)
+        save_part("dit", dit, cfg)
+        save_part("text", text.encoder, cfg)
         if learner.step % (5 * cfg.save_every):
             return {}
         truths = new_scenes(10)
@@ -383,7 +437,10 @@ def new_scenes(count: int) -> list[world.Scene]:
 
 def film(backbone: Backbone, prompts: list[str], seed: int, steps: int = 25) -> Tensor:
     """Text-to-video: prompts -> clips (B, 3, T, H, W)."""
-    cfg = sample.Config(backbone=str(TOY), prompt=(), steps=steps, device="cpu", dtype="bfloat16")
+    cfg = sample.Config(
+        backbone="", prompt=(), steps=steps, height=SIZE, width=SIZE, frames=FRAMES, fps=8.0, negative="",
+        device="cpu", dtype="bfloat16",
+    )  # fmt: skip
     cfg = sample.with_defaults(cfg, backbone.layout)
     texts, blank, seeds = backbone.text(prompts), backbone.text([""]), range(seed, seed + len(prompts))
     return sample.generate(backbone, texts, blank, None, cfg, seeds).clamp(-1, 1)
@@ -402,7 +459,7 @@ def agreement(clips: Tensor, truths: list[world.Scene]) -> dict[str, float]:
 
 def score(cfg: Config) -> None:
     out, truths = Path(cfg.out), new_scenes(cfg.steps or 40)
-    backbone = load_backbone(TOY, dtype=torch.bfloat16)
+    backbone = load_backbone(home(cfg), dtype=torch.bfloat16)
     real = torch.stack([world.to_clip(world.render(truth, SIZE)) for truth in truths])
     with torch.no_grad():
         coded = [backbone.vae.decode(backbone.vae.encode(clip[None].bfloat16())) for clip in real]
