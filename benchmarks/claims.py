@@ -8,7 +8,6 @@ claims.md is made of them. All rows film the same subjects, never trained on, fr
 benchmarks.gradients made is not trained again: its probe changes no bit of training.
 """
 
-import csv
 import datetime
 import json
 import statistics
@@ -113,12 +112,6 @@ def sheet(of: list[toy.Case], clips: list[torch.Tensor], rows: int = 5) -> torch
     return torch.cat(strips, -2).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
-def finished() -> list[dict]:
-    """The rows of claims.csv so far."""
-    file = HERE / "claims.csv"
-    return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
-
-
 def judge_row(name: str, seed: int, cfg: Config, studio: toy.Studio, of: list[toy.Case]) -> dict:
     start = time.perf_counter()
     studio.put_on(train_row(name, seed, cfg))
@@ -126,7 +119,7 @@ def judge_row(name: str, seed: int, cfg: Config, studio: toy.Studio, of: list[to
     clips = studio.film(of)
     if seed == cfg.seeds[0]:
         write_image(HERE / f"{toy.slug(name)}.png", sheet(of, clips))
-    means = {measure: round(value, 4) for measure, value in toy.judge(clips, of)["mean"].items()}
+    means = toy.judge(clips, of)["mean"]
     about = {"row": name, "seed": seed, "steps": cfg.steps, "cases": len(of)}
     about["minutes"] = round(trained / 60, 1)
     return about | means | {"date": str(datetime.date.today())}
@@ -173,21 +166,15 @@ def main() -> None:
     if unknown:
         raise ValueError(f"--rows {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
     HERE.mkdir(exist_ok=True)
-    studio, of, done = toy.Studio(), toy.cases(cfg.cases), finished()
+    studio, of, table = toy.Studio(), toy.cases(cfg.cases), HERE / "claims.csv"
+    done = {(row["row"], row["seed"], row["steps"]) for row in toy.read_table(table)}
     for seed in cfg.seeds:
         for name in cfg.rows or ROWS:
-            wanted = name, str(seed), str(cfg.steps)
-            if wanted in {(row["row"], row["seed"], row["steps"]) for row in done}:
+            if (name, str(seed), str(cfg.steps)) in done:
                 continue
-            row = judge_row(name, seed, cfg, studio, of)
-            # Read again: another process may have added rows meanwhile.
-            done = [*finished(), {field: str(value) for field, value in row.items()}]
-            with open(HERE / "claims.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, list(done[0]))
-                writer.writeheader()
-                writer.writerows(done)
-            (HERE / "claims.md").write_text(report(done))
-            print(json.dumps(row))
+            rows = toy.add_row(table, judge_row(name, seed, cfg, studio, of))
+            (HERE / "claims.md").write_text(report(rows))
+            print(json.dumps(rows[-1]))
 
 
 if __name__ == "__main__":

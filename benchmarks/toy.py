@@ -3,6 +3,7 @@
 What demo.py, claims.py and gradients.py have in common. The base is weights/toy; times are of two CPU cores.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -65,9 +66,8 @@ def train(out: Path, data: Path, steps: int, **settings: object) -> Path:
     """Run train.py on a world's pairs and clips; returns the adapter. A stopped run goes on."""
     adapter = out / f"step-{steps:06d}" / "adapter.safetensors"
     if not adapter.is_file():
-        options = RECIPE | {"steps": steps, "save_every": steps} | settings
-        options |= {"backbone": TOY, "pairs": data / "pairs", "clips": data / "clips", "out": out}
-        options |= {"cache": data / "cache"}
+        options = RECIPE | {"backbone": TOY, "steps": steps, "save_every": steps} | settings
+        options |= {"pairs": data / "pairs", "clips": data / "clips", "cache": data / "cache", "out": out}
         go_on = ["--resume"] * bool(runs.saves(out))
         subprocess.run([sys.executable, "train.py", *arguments(options), *go_on], cwd=ROOT, check=True)
     return adapter
@@ -97,21 +97,23 @@ def renders(of: list[Case]) -> list[Tensor]:
 
 
 class Studio:
-    """The toy base, to which adapters can be added one after the other."""
+    """A base of the micro-world, to which adapters can be added one after the other."""
 
-    def __init__(self, steps: int = 25, batch: int = 10, guidance: float = 3.0):
+    def __init__(self, steps: int = 25, batch: int = 10, guidance: float = 3.0, folder: Path = TOY):
         self.steps, self.batch = steps, batch  # guidance 6, the 5B's, makes this small model's colours glow
-        self.backbone = weights.load_backbone(TOY, dtype=torch.bfloat16, log=lambda line: None)
+        self.folder, toy = folder, weights.open_backbone(TOY)
+        self.backbone = weights.load_backbone(folder, dtype=torch.bfloat16, log=lambda line: None)
         cfg = sample.Config(
-            backbone=str(TOY), prompt=(), steps=steps, guidance=guidance, device="cpu", dtype="bfloat16"
-        )
+            backbone=str(folder), prompt=(), steps=steps, guidance=guidance, height=toy.height,
+            width=toy.width, frames=toy.frames, fps=toy.fps, device="cpu", dtype="bfloat16",
+        )  # fmt: skip
         self.cfg = sample.with_defaults(cfg, self.backbone.layout)
 
     def put_on(self, adapter: Path | None) -> None:
         """Load an adapter instead of the one before; None is the base."""
         if lora_modules(self.backbone.dit):
             self.backbone.dit = weights.load_backbone(
-                TOY, dtype=torch.bfloat16, parts=("dit",), log=lambda line: None
+                self.folder, dtype=torch.bfloat16, parts=("dit",), log=lambda line: None
             ).dit
         if adapter is not None:
             weights.load_adapter(self.backbone.dit, adapter)
@@ -130,6 +132,22 @@ class Studio:
             seeds = [1000 * seed + first + i for i in range(len(some))]
             clips += sample.generate(backbone, texts, blank, refs, self.cfg, seeds, progress).clamp(-1, 1)
         return clips
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV so far."""
+    return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+
+
+def add_row(file: Path, row: dict[str, object]) -> list[dict[str, str]]:
+    """Append a row to a CSV that other processes may append to as well; returns all of them."""
+    row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+    rows = [*read_table(file), row]
+    with open(file, "w", newline="") as to:
+        writer = csv.DictWriter(to, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
 
 
 def judge(clips: list[Tensor], of: list[Case]) -> dict:
