@@ -3,12 +3,14 @@
     python -m benchmarks.loader          # prints a table and writes loader.csv
 
 The clips and photos of tests/media at 480 x 720, 9 frames at 8 a second. The plain loop decodes frames in
-order, takes the first one at or after each wanted time, scales it by swscale and cuts the centre.
+order, takes the first one at or after each wanted time, scales it by swscale and cuts the centre; FFmpeg
+takes as many threads for it as it likes. "cores": CPU seconds of all processes in a second (Linux).
 """
 
 import argparse
 import csv
 import datetime
+import multiprocessing
 import os
 import platform
 import shutil
@@ -52,13 +54,21 @@ def plain_picture(path: Path) -> torch.Tensor:
         return torch.from_numpy(plain(next(container.decode(video=0))).copy())
 
 
-def rate(items: Iterator, count: int) -> float:
-    """Items per second, the first one not counted: starting workers is not loading."""
+def cpu_seconds() -> float:
+    """User and system time of this process and its workers."""
+    pids = os.getpid(), *(child.pid for child in multiprocessing.active_children())
+    stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(ticks) for stat in stats for ticks in stat[11:13]) / os.sysconf("SC_CLK_TCK")
+
+
+def rate(items: Iterator, count: int) -> tuple[float, float]:
+    """Items per second and cores used, the first item not counted: starting workers is not loading."""
     next(items)
-    start = time.perf_counter()
+    used, start = cpu_seconds(), time.perf_counter()
     for _ in range(count):
         next(items)
-    return count / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return count / seconds, (cpu_seconds() - used) / seconds
 
 
 def again(load: Callable[[int], object], n: int) -> Iterator:
@@ -90,14 +100,19 @@ def main() -> None:
         }
         for name, data in sources.items():
             files = data.rows
-            alone = rate(again(lambda i, n=name, r=files: loops[n](r[i]), len(files)), args.count)
+            loop = again(lambda i, n=name, r=files: loops[n](r[i]), len(files))
+            alone, alone_cores = rate(loop, args.count)
             for workers in args.workers:
-                found = rate(batches(data, 1, seed=0, workers=workers), args.count)
-                rows.append([name, workers, found, alone, found / alone])
-                print(f"{name}, {workers} workers: {found:.2f}/s; plain {alone:.2f}/s; {found / alone:.2f}")
+                found, cores = rate(batches(data, 1, seed=0, workers=workers), args.count)
+                rows.append([name, workers, found, cores, alone, alone_cores, found / alone])
+                print(
+                    f"{name}, {workers} workers: {found:.2f}/s on {cores:.2f} cores; plain {alone:.2f}/s on "
+                    f"{alone_cores:.2f}; {found / alone:.2f}"
+                )
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["what", "workers", "a second", "plain PyAV loop", "ratio", "machine", "date"])
+        sides = "a second", "cores", "plain, a second", "plain, cores", "ratio"
+        writer.writerow(["what", "workers", *sides, "machine", "date"])
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         writer.writerows([*row, machine, datetime.date.today()] for row in rows)
 
