@@ -57,7 +57,7 @@ ROWS: dict[str, dict[str, object]] = {  # settings of train.py that differ from 
     "8 clips": {},
 }
 COUNTS = {"400 pairs": {"pairs": 400}, "8 clips": {"clips": 8}}
-MEASURES = ("top1", "top5", "colour", "shape", "motion", "dynamic", "background", "flicker", "copied")
+MEASURES = ("top1", "top5", "colour", "shape", "motion", "dynamic", "background", "layout", "copied")
 
 
 class Claim(NamedTuple):
@@ -170,11 +170,9 @@ def main() -> None:
     done = {(row["row"], row["seed"], row["steps"]) for row in toy.read_table(table)}
     for seed in cfg.seeds:
         for name in cfg.rows or ROWS:
-            if (name, str(seed), str(cfg.steps)) in done:
-                continue
-            rows = toy.add_row(table, judge_row(name, seed, cfg, studio, of))
-            (HERE / "claims.md").write_text(report(rows))
-            print(json.dumps(rows[-1]))
+            if (name, str(seed), str(cfg.steps)) not in done:
+                print(json.dumps(toy.add_row(table, judge_row(name, seed, cfg, studio, of))[-1]))
+            (HERE / "claims.md").write_text(report(toy.read_table(table)))
 
 
 if __name__ == "__main__":
