@@ -373,7 +373,7 @@ def make_latents(cfg: Config) -> None:
         if name == "clips":
             content = json.loads(config.read_text()) | scale(latents, cfg)
             config.write_text(json.dumps(content, indent=2) + "\n")
-            vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
+            vae = lone_frames(load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae)
         torch.save(vae.scaled(latents), out / f"{name}.latents.pt")
 
 
@@ -477,6 +477,8 @@ def main() -> None:
     stages = {"new": begin, "vae": train_vae, "latents": make_latents, "dit": train_dit, "score": score}
     if cfg.stage not in stages:
         raise SystemExit(f"stage {cfg.stage!r}: choose one of {', '.join(stages)}")
+    if cfg.family not in FAMILIES:
+        raise SystemExit(f"family {cfg.family!r}: choose one of {', '.join(FAMILIES)}")
     torch.set_num_threads(cfg.threads)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     stages[cfg.stage](cfg)
