@@ -6,6 +6,7 @@ What demo.py, claims.py and gradients.py have in common. The base is weights/toy
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def arguments(options: dict[str, object]) -> list[str]:
 
 def slug(name: str) -> str:
     """A row's name as a file has it."""
-    return name.replace(" ", "-").replace(",", "")
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 def make_world(out: Path, **counts: int) -> Path:
