@@ -13,11 +13,7 @@ With `--family wan --out out/wan` the same stages make a Wan of this world, in o
 
 import json
 import os
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +25,14 @@ from tqdm import tqdm
 import sample
 from sdv import cogvideox_vae, metrics, wan_vae, world
 from sdv.causal_conv import CausalConv, conv2d
-from sdv.layers import stays_float32
 from sdv.media import from_uint8, write_image
 from sdv.seeds import generator
 from sdv.settings import parse
 from sdv.video_vae import VideoVAE
 from weights import Backbone, load_backbone, open_backbone, tiny
 from weights.tensors import save_module
+from weights.toy.learner import Learner, run
+from weights.toy.sizes import FAMILIES, FRAMES, SIZE
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -50,76 +47,11 @@ class Config:
     threads: int = 2  # of the CPU
 
 
-SIZE, FRAMES = 64, 17
 CLIPS, PICTURES = 3000, 6000  # of the world's base split
 STEPS = {"vae": 3000, "dit": 7200}
-PARTS = 2  # of a step's batch, each with its own gradient
 BATCH = {"vae": 4, "clips": 8, "pictures": 48}  # of one part
 RATE = {"vae": 1e-3, "dit": 3e-3}  # dit's loss after 180 steps: 0.170 at 1e-3, 0.086 at 3e-3, 0.081 at 8e-3
-WARMUP = 100
 BLOCKS = cogvideox_vae.Block, wan_vae.Block
-AVERAGE = 0.995  # of the running mean of the weights, which is what is kept
-
-# Why these sizes. 64x64 pixels are 8x8 latents, 16 tokens a frame. The temporal ratio is 1, not 4: motion is
-# then exact without one step on clips, a reference is the same kind of thing as a frame of the video, and a
-# clip is 272 tokens, which two cores can afford. All else is the 5B model's: classes, files, schedule.
-CONFIGS = {
-    **tiny.CONFIGS,
-    "vae/config.json": tiny.VAE
-    | {
-        "block_out_channels": [16, 32, 48, 64],
-        "latent_channels": 16,
-        "temporal_compression_ratio": 1,
-        "scaling_factor": 1.0,  # until the latents have been seen
-        "sample_height": SIZE,
-        "sample_width": SIZE,
-    },
-    "transformer/config.json": tiny.TRANSFORMER
-    | {
-        "num_attention_heads": 4,
-        "in_channels": 16,
-        "out_channels": 16,
-        "time_embed_dim": 16,
-        "text_embed_dim": 96,
-        "num_layers": 6,
-        "sample_width": SIZE // 8,
-        "sample_height": SIZE // 8,
-        "sample_frames": FRAMES,
-        "max_text_seq_length": 32,
-    },
-    "text_encoder/config.json": tiny.TEXT_ENCODER | {"d_model": 96, "d_kv": 24, "d_ff": 192},
-}
-# The same sizes in Wan's classes. Half of the VAE's way down is its patch.
-WAN_CONFIGS = {
-    **tiny.WAN_CONFIGS,
-    "vae/config.json": tiny.WAN_CONFIGS["vae/config.json"]
-    | {
-        "base_dim": 32,
-        "decoder_base_dim": 32,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 2],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, False],
-        "scale_factor_spatial": 8,
-        "scale_factor_temporal": 1,
-        "latents_mean": [0.0] * 16,
-        "latents_std": [1.0] * 16,
-    },
-    "transformer/config.json": tiny.WAN_CONFIGS["transformer/config.json"]
-    | {
-        "num_attention_heads": 4,
-        "ffn_dim": 1024,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 6,
-        "text_dim": 96,
-    },
-    "text_encoder/config.json": tiny.WAN_CONFIGS["text_encoder/config.json"]
-    | {"d_model": 96, "d_kv": 24, "d_ff": 192},
-    "tokenizer/tokenizer_config.json": tiny.WAN_CONFIGS["tokenizer/tokenizer_config.json"]
-    | {"model_max_length": 32},
-}
-FAMILIES = {"cogvideox": CONFIGS, "wan": WAN_CONFIGS}
 TOY = Path(__file__).resolve().parent
 
 
@@ -154,111 +86,13 @@ def save_part(name: str, module: nn.Module, cfg: Config) -> None:
     save_module(module, part.names, home(cfg) / part.folder / part.file, torch.bfloat16)
 
 
+def learner_of(module: nn.Module, name: str, cfg: Config) -> Learner:
+    steps = cfg.steps or STEPS[name]
+    return Learner(module, Path(cfg.out) / f"{name}.pt", RATE[name], steps, cfg.save_every)
+
+
 def captions(count: int, frames: int) -> list[str]:
     return [world.scene(i, frames).prompt for i in range(count)]
-
-
-# ── What learns ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Learner:
-    """A module in bf16, its weights in fp32, their running mean and two optimisers, saved as one file.
-
-    bf16 is the faster half; sums of small updates need fp32. Filters and matrices learn by Muon, which after
-    1,300 steps of AdamW took the VAE's error from 0.062 to 0.055 in the next hundred; the rest by AdamW.
-    """
-
-    def __init__(self, module: nn.Module, name: str, cfg: Config):
-        self.module, self.cfg = module, cfg
-        self.rate, self.steps = RATE[name], cfg.steps or STEPS[name]
-        self.file, self.log = Path(cfg.out) / f"{name}.pt", Path(cfg.out) / f"{name}.jsonl"
-        # Matrices as they multiply: a filter's taps are columns.
-        self.master = [
-            p.detach().float().flatten(min(1, p.ndim - 1)).requires_grad_() for p in module.parameters()
-        ]
-        self.mean = [p.detach().clone() for p in self.master]
-        for path, parameter in module.named_parameters():
-            dtype = torch.float32 if stays_float32(module, path) else torch.bfloat16
-            parameter.data = parameter.data.to(dtype)
-        tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
-        matrices, others = [], []
-        for parameter, master in zip(module.parameters(), self.master, strict=True):
-            (matrices if master.ndim == 2 and id(parameter) not in tables else others).append(master)
-        self.optimisers = [
-            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
-        ]
-        self.step = 0
-        if self.file.is_file():
-            state = torch.load(self.file)
-            self.step = state["step"]
-            for mine, saved in zip(self.master + self.mean, state["master"] + state["mean"], strict=True):
-                mine.data.copy_(saved)
-            for mine, saved in zip(self.optimisers, state["optimisers"], strict=True):
-                mine.load_state_dict(saved)
-        self.show(self.master)
-
-    @torch.no_grad()
-    def show(self, weights: list[Tensor]) -> None:
-        """Copy fp32 weights (the master's or the mean) into the module."""
-        for parameter, weight in zip(self.module.parameters(), weights, strict=True):
-            parameter.copy_(weight.view_as(parameter))
-
-    def gradients(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], tuple[Tensor, ...]]:
-        grads = torch.autograd.grad(sum(losses.values()), list(self.module.parameters()))
-        return {name: value.item() for name, value in losses.items()}, grads
-
-    def learn(self, parts: list[tuple[Tensor, ...]]) -> None:
-        """One step by the mean gradient. The rate rises, stays, and falls to zero over the last third."""
-        for master, *grads in zip(self.master, *parts, strict=True):
-            master.grad = sum(grad.float().reshape(master.shape) for grad in grads) / len(grads)
-        nn.utils.clip_grad_norm_(self.master, 1.0)
-        left = 3 * (self.steps - self.step) / self.steps
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = self.rate * min(1.0, (self.step + 1) / WARMUP, left)
-            optimiser.step()
-        self.step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(self.mean, self.master, 1 - min(AVERAGE, self.step / (self.step + 10)))
-        self.show(self.master)
-
-    def save(self) -> None:
-        state = {"step": self.step, "master": self.master, "mean": self.mean}
-        state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
-        torch.save(state, self.file.with_suffix(".tmp"))
-        os.replace(self.file.with_suffix(".tmp"), self.file)
-
-
-def run(
-    learner: Learner, loss_at: Callable[[int, int], dict[str, Tensor]], check: Callable[[], dict]
-) -> None:
-    """Learn until the stage's last step; with each save, log the mean losses and what check says.
-
-    A step is PARTS small batches, each in a thread of its own: a core then waits for the other once a step,
-    not at the end of every operation.
-    """
-    recent, start = [], time.perf_counter()
-    bar = tqdm(total=learner.steps, initial=learner.step, unit="step")
-    pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))
-    while learner.step < learner.steps:
-        work = partial(lambda step, part: learner.gradients(loss_at(step, part)), learner.step)
-        losses, gradients = zip(*pool.map(work, range(PARTS)), strict=True)
-        learner.learn(gradients)
-        recent += losses
-        bar.update()
-        if learner.step % learner.cfg.save_every == 0 or learner.step == learner.steps:
-            learner.save()
-            names = {name for row in recent for name in row}
-            row = {name: np.mean([row[name] for row in recent if name in row]) for name in sorted(names)}
-            row = {"step": learner.step, **row, "seconds": time.perf_counter() - start}
-            learner.show(learner.mean)
-            row |= check()
-            learner.show(learner.master)
-            with learner.log.open("a") as log:
-                log.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
-            bar.write(json.dumps({key: round(value, 4) for key, value in row.items()}))
-            recent, start = [], time.perf_counter()
 
 
 # ── Stage vae: frames of the world, one at a time ───────────────────────────────────────────────────────
@@ -309,7 +143,7 @@ def train_vae(cfg: Config) -> None:
     out = Path(cfg.out)
     clips, pictures = world_frames(out, CLIPS, PICTURES)
     vae = lone_frames(load_part("vae", cfg))
-    learner = Learner(vae, "vae", cfg)
+    learner = learner_of(vae, "vae", cfg)
     held = [world.render(world.scene(i, 1, "heldout"), SIZE)[0] for i in range(48)]
     held = from_uint8(torch.from_numpy(np.stack(held))).movedim(-1, 1)[:, :, None].bfloat16()
 
@@ -396,7 +230,7 @@ def train_dit(cfg: Config) -> None:
     text.encoder = load_part("text", cfg)
     both = nn.ModuleList([dit, text.encoder])
     both.in_float32 = getattr(dit, "in_float32", ())
-    learner = Learner(both, "dit", cfg)
+    learner = learner_of(both, "dit", cfg)
     vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
     backbone = Backbone(layout, dit, vae, text)
     latents = {name: torch.load(out / f"{name}.latents.pt") for name in ("clips", "pictures")}
@@ -438,8 +272,8 @@ def new_scenes(count: int) -> list[world.Scene]:
 def film(backbone: Backbone, prompts: list[str], seed: int, steps: int = 25) -> Tensor:
     """Text-to-video: prompts -> clips (B, 3, T, H, W)."""
     cfg = sample.Config(
-        backbone="", prompt=(), steps=steps, height=SIZE, width=SIZE, frames=FRAMES, fps=8.0, negative="",
-        device="cpu", dtype="bfloat16",
+        backbone="", prompt=(), steps=steps, height=SIZE, width=SIZE, frames=FRAMES, fps=8.0, device="cpu",
+        dtype="bfloat16",
     )  # fmt: skip
     cfg = sample.with_defaults(cfg, backbone.layout)
     texts, blank, seeds = backbone.text(prompts), backbone.text([""]), range(seed, seed + len(prompts))
