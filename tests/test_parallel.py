@@ -111,6 +111,7 @@ import train
 from sdv import runs
 out, kills, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 rng = random.Random(0)
+step = lambda: max((int(save.name[5:]) for save in runs.saves(out)), default=0)
 for kill in range(kills + 1):
     child = os.fork()
     if not child:
@@ -118,7 +119,11 @@ for kill in range(kills + 1):
         train.main()
         os._exit(0)
     if kill < kills:
-        time.sleep(rng.uniform(0.2, 1.5))
+        # At a random moment, but after two steps at most, so that no fast machine ends before the last kill.
+        late, far = time.monotonic() + rng.uniform(0.2, 4), step() + rng.choice([1, 2])
+        while time.monotonic() < late and step() < far:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.04))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) == (kill < kills), f"ended too early, with {status}"
@@ -127,12 +132,12 @@ for kill in range(kills + 1):
 
 
 def test_a_run_killed_twenty_times_ends_as_the_one_never_killed(tiny, tmp_path):
-    options = {"steps": 40, "save_every": 1, "keep": 2}
+    options = {"steps": 60, "save_every": 1, "keep": 2}
     train(tiny, tmp_path / "whole", **options)
     killed = tmp_path / "killed"
     killed.mkdir()
     arguments = command(tiny, killed, **options)[2:]
     subprocess.run([sys.executable, "-c", KILLER, str(killed), "20", *arguments], cwd=ROOT, check=True,
                    env=os.environ | ALONE)  # fmt: skip
-    assert_same(killed, tmp_path / "whole", 40)
+    assert_same(killed, tmp_path / "whole", 60)
     assert losses(killed) == losses(tmp_path / "whole")
