@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BAND_BYTES = 2**21  # the rows of one frame in a band, in float32: what stays in a CPU's cache
+SMALL = 2**15  # values of a bfloat16 frame whose filters take longer to transform than they save
 
 
 @dataclass
@@ -84,21 +85,6 @@ TILINGS = {
 }
 
 
-def run_sizes(weight: Tensor, frames: int) -> list[int]:
-    """Cut T frames into runs that are convolved together.
-
-    Runs of four double the rounding error of bfloat16, runs of two do not: against float64 the whole VAE is
-    then still closer than with plain convolutions and bfloat16 norms. GPUs do not wait for products.
-    """
-    if weight.device.type != "cpu":
-        return [frames]
-    longest = 4 if weight.dtype in (torch.float32, torch.float64) else 2
-    sizes = []
-    for size in (size for size in TILINGS if size <= longest):
-        sizes += [size] * ((frames - sum(sizes)) // size)
-    return sizes
-
-
 class TiledFilter:
     """A 3x3x3 filter made ready for runs of `size` frames."""
 
@@ -139,12 +125,12 @@ class CausalConv(nn.Conv3d):
     ) -> Tensor:
         """Convolve x (T, B, H, W, C), activated if act is given, and add the residual (T, B, H, W, O).
 
-        In a lean stream the sum is written into the residual.
+        In a lean stream the sum may be written into the residual.
         """
         past = stream.past.pop(self, None)                                # (2, B, H, W, C), activated
-        sizes = run_sizes(self.weight, len(x))
-        functions = self.prepare(sizes, still=past is None and len(x) == 1)
-        if not stream.lean:
+        sizes, functions = zip(*self.prepare(x, past), strict=True)
+        cuts = list(bands(x, self.out_channels))
+        if not stream.lean or len(cuts) == 1:
             (h,) = activated(x, act, [slice(None)], 0, x.shape[2])
             results, windows = zip(*self.slide(h.split(sizes), past, functions), strict=True)
             stream.past[self] = windows[-1][-2:]
@@ -153,7 +139,7 @@ class CausalConv(nn.Conv3d):
         out = x.new_empty(*x.shape[:-1], self.out_channels) if residual is None else residual
         future = None if stream.last else x.new_empty(2, *x.shape[1:])
         runs = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        for top, bottom in bands(x, self.out_channels):
+        for top, bottom in cuts:
             low, high = max(top - 1, 0), min(bottom + 1, x.shape[2])      # a halo of one row
             parts = activated(x, act, runs, low, high)
             before = None if past is None else past[:, :, low:high]
@@ -168,20 +154,31 @@ class CausalConv(nn.Conv3d):
             stream.past[self] = future
         return out                                                        # (T, B, H, W, O)
 
-    def prepare(self, sizes: list[int], still: bool) -> list[Callable[..., Tensor]]:
-        """A function for every run of frames: (size + 2, B, H, W, C) -> (size, B, H', W', O)."""
-        if still:
-            return [partial(conv_still, weight=self.weight.sum(2))]
-        if self.weight.device.type != "cpu":
-            return [partial(conv3d, weight=self.weight)]
+    def prepare(self, x: Tensor, past: Tensor | None) -> list[tuple[int, Callable[..., Tensor]]]:
+        """Cut T frames of x (T, B, H, W, C) into runs that are convolved together.
+
+        Returns how many frames each has, and what makes (size, B, H', W', O) of (size + 2, B, H, W, C).
+        Runs of four double the rounding error of bfloat16, runs of two do not: against float64 the whole VAE
+        is then still closer than with plain convolutions and bfloat16 norms. GPUs do not wait for products.
+        """
+        dtype = self.weight.dtype
+        exact = dtype in (torch.float32, torch.float64)
+        if past is None and len(x) == 1:
+            taps = self.weight.to(torch.promote_types(dtype, torch.float32)).unbind(2)
+            return [(1, partial(conv_still, weight=sum(taps).to(dtype)))]  # .sum(2) is three times slower
+        if x.device.type != "cpu" or (not exact and x[0, 0].numel() <= SMALL):
+            return [(len(x), partial(conv3d, weight=self.weight))]
+        sizes = []
+        for size in (4, 2, 1) if exact else (2, 1):
+            sizes += [size] * ((len(x) - sum(sizes)) // size)
         filters = {size: TiledFilter(self.weight, size) for size in set(sizes)}
-        return [filters[size] for size in sizes]
+        return [(size, filters[size]) for size in sizes]
 
     def slide(
         self,
         parts: Iterable[Tensor],
         past: Tensor | None,
-        functions: list[Callable[..., Tensor]],
+        functions: Iterable[Callable[..., Tensor]],
         edges: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Convolve runs of frames one after the other: each result, and the window of frames it comes from.
