@@ -68,7 +68,9 @@ def test_training_from_a_cache_equals_training_without(monkeypatch, tiny, tmp_pa
     assert_same(tmp_path / "plain", tmp_path / "again", 6)
 
 
-def test_entries_are_what_the_networks_make_of_each_row(media):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_entries_are_what_the_networks_make_of_each_row(media, monkeypatch, ahead):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: ahead)  # threads decode ahead of a GPU
     cache, (pairs, clips) = new_cache(media), sources(media)
     networks = count_calls([])
     cache.fill([pairs, clips], [pairs.prompt(row) for row in pairs.rows], networks)
