@@ -81,6 +81,7 @@ CLAIMS = (
           "full recipe"),
     Claim("first frame moves less", "DD 37.8 against 69.6", "dynamic", "first frame", -1, "full recipe"),
     Claim("no dropout moves less", "DD 63.0 against 69.6", "dynamic", "no dropout", -1, "full recipe"),
+    Claim("no dropout costs identity", "DINO-I 58 against 63", "colour", "no dropout", -1, "full recipe"),
     Claim("reference always dropped: identity is lost", "DINO-I 48.7 against 62.9", "colour",
           "reference always dropped", -1, "full recipe"),
     Claim("switching learns identity", "DINO-I 62.9", "colour", "full recipe", 1, "video only"),
