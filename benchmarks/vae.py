@@ -54,7 +54,8 @@ def diffusers(model: str) -> nn.Module:
 @torch.inference_mode()
 def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
     """Seconds of one pass, and the growth of the process's peak memory in GB."""
-    vae = {"ours": ours, "diffusers": diffusers}[who](model).eval().to(dtype)
+    torch.set_default_dtype(dtype)  # made as float32 first, the weights themselves would be the peak
+    vae = {"ours": ours, "diffusers": diffusers}[who](model).eval()
     x = torch.randn(SHAPES[model][what == "decode"], dtype=dtype)
     work = vae.encode if what == "encode" else vae.decode
     return turns.measured(lambda: work(x))
