@@ -4,8 +4,8 @@ All of it is counted (rehearsal.py) or a count of parameters, but for two things
 measured speed of this machine's matrix product, and what --shard gathers is taken from FSDP2's documentation.
 
 Beside benchmarks/dit.csv, a step of two blocks of CogVideoX-5B on two threads of a CPU. Seconds predicted and
-measured: 6.8 and 6.4 in fp32 (7 % too many), 3.0 and 3.2 in bf16 (5 % too few), if two threads are twice as
-fast as one. GB in fp32: 0.70 and 1.16. The latter is how much a process grew, and torch's allocator held 0.70
+measured: 6.8 and 6.5 in fp32 (4 % too many), 3.0 and 3.1 in bf16 (2 % too few), if two threads are twice as
+fast as one. GB in fp32: 0.70 and 1.11. The latter is how much a process grew, and torch's allocator held 0.70
 of it; the matrix library and the heap have the rest. Nothing was measured on a GPU.
 """
 
