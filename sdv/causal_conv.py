@@ -1,9 +1,9 @@
 """Causal 3x3x3 convolutions of a stream of chunks of frames, with two savings.
 
 Memory: without gradients a convolution works on bands of rows small enough for the cache. Normed, activated
-and padded copies of whole frames never exist, and the result may be added to a tensor in place.
-Arithmetic: on the CPU four frames cost six 2-D convolutions instead of twelve; a lone picture costs one
-instead of three.
+and padded copies of frames larger than a band never exist, and the result may be added to a tensor in place.
+Arithmetic: on the CPU four frames cost six 2-D convolutions instead of twelve, unless they are small; a lone
+picture costs one instead of three.
 
 Activations are time first and channels last, (T, B, H, W, C): a run of frames is one block of memory.
 """
@@ -133,7 +133,8 @@ class CausalConv(nn.Conv3d):
         if not stream.lean or len(cuts) == 1:
             (h,) = activated(x, act, [slice(None)], 0, x.shape[2])
             results, windows = zip(*self.slide(h.split(sizes), past, functions), strict=True)
-            stream.past[self] = windows[-1][-2:]
+            if not stream.last:
+                stream.past[self] = windows[-1][-2:].clone()              # a view would keep the window
             return torch.cat(results) if residual is None else torch.cat(results) + residual
 
         out = x.new_empty(*x.shape[:-1], self.out_channels) if residual is None else residual
@@ -162,14 +163,14 @@ class CausalConv(nn.Conv3d):
         is then still closer than with plain convolutions and bfloat16 norms. GPUs do not wait for products.
         """
         dtype = self.weight.dtype
-        exact = dtype in (torch.float32, torch.float64)
         if past is None and len(x) == 1:
             taps = self.weight.to(torch.promote_types(dtype, torch.float32)).unbind(2)
             return [(1, partial(conv_still, weight=sum(taps).to(dtype)))]  # .sum(2) is three times slower
+        exact = dtype in (torch.float32, torch.float64)
         if x.device.type != "cpu" or (not exact and x[0, 0].numel() <= SMALL):
             return [(len(x), partial(conv3d, weight=self.weight))]
         sizes = []
-        for size in (4, 2, 1) if exact else (2, 1):
+        for size in (size for size in TILINGS if exact or size <= 2):
             sizes += [size] * ((len(x) - sum(sizes)) // size)
         filters = {size: TiledFilter(self.weight, size) for size in set(sizes)}
         return [(size, filters[size]) for size in sizes]
