@@ -253,11 +253,8 @@ def identity(seen: Track, who: Subject, gallery: list[Subject]) -> Identity:
     return Identity(rank, (wrong - right) / (wrong + right), _colour(looks, drawn), _shape(looks, drawn))
 
 
-BLURS = (
-    0.0,
-    0.8,
-    1.6,
-)  # of the drawings compared with, standard deviation in 64ths: generated clips are soft
+# Of the drawings compared with, standard deviation in 64ths: generated clips are soft.
+BLURS = (0.0, 0.8, 1.6)
 
 
 @lru_cache(4096)
