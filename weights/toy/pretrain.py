@@ -42,7 +42,6 @@ class Config:
     stage: str  # new, vae, latents, dit or score
     steps: int = 0  # length of the stage so far; the rate falls over its last third (0: the recipe's)
     family: str = "cogvideox"  # or wan: of which classes the model is
-    often: tuple[str, ...] = ()  # motions whose clips stage dit sees three times as often as others
     t_shift: float = 1.0  # above 1, stage dit trains at noisier times, as train.py's --t-shift
     out: str = "out/base"  # state, logs, pictures to look at
     save_every: int = 100  # steps between saves
@@ -66,8 +65,7 @@ def begin(cfg: Config) -> None:
     """Write configs and a vocabulary of the captions, and forget all weights. Not where a run has begun."""
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
-    captions = [one.prompt for one in scenes(5000, FRAMES)]
-    vocabulary = tiny.train_vocabulary(captions, 256, umt5=cfg.family == "wan")
+    vocabulary = tiny.train_vocabulary(captions(5000, FRAMES), 256, umt5=cfg.family == "wan")
     tiny.create(home(cfg), FAMILIES[cfg.family], vocabulary)
     for part in open_backbone(home(cfg)).parts.values():
         (home(cfg) / part.folder / part.file).unlink()
@@ -94,8 +92,8 @@ def learner_of(module: nn.Module, name: str, cfg: Config) -> Learner:
     return Learner(module, Path(cfg.out) / f"{name}.pt", RATE[name], steps, cfg.save_every)
 
 
-def scenes(count: int, frames: int) -> list[world.Scene]:
-    return [world.scene(i, frames) for i in range(count)]
+def captions(count: int, frames: int) -> list[str]:
+    return [world.scene(i, frames).prompt for i in range(count)]
 
 
 # ── Stage vae: frames of the world, one at a time ───────────────────────────────────────────────────────
@@ -237,19 +235,15 @@ def train_dit(cfg: Config) -> None:
     vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
     backbone = Backbone(layout, dit, vae, text)
     latents = {name: torch.load(out / f"{name}.latents.pt") for name in ("clips", "pictures")}
-    shown = {"clips": scenes(CLIPS, FRAMES), "pictures": scenes(PICTURES, 1)}
-    ids = {name: text.tokenize([one.prompt for one in shown[name]]) for name in shown}
-    # Which row a draw means: the motions that are hard to learn have several draws.
-    tickets = {name: torch.arange(len(shown[name])) for name in shown}
-    hard = torch.tensor([one.motion in cfg.often for one in shown["clips"]])
-    tickets["clips"] = tickets["clips"].repeat_interleave(1 + 2 * hard)
+    prompts = {"clips": captions(CLIPS, FRAMES), "pictures": captions(PICTURES, 1)}
+    ids = {name: text.tokenize(prompts[name]) for name in prompts}
     blank, schedule = text.tokenize(""), replace(layout.schedule, train_shift=cfg.t_shift)
 
     def loss_at(step: int, part: int) -> dict[str, Tensor]:
         # A quarter of the steps are pictures, as one-frame videos: what identity injection denoises later.
         name = "pictures" if np.random.default_rng([3, step]).random() < 0.25 else "clips"
         rng, draws = np.random.default_rng([4, step, part]), generator(5, step, part)
-        rows = tickets[name][torch.from_numpy(rng.integers(len(tickets[name]), size=BATCH[name]))]
+        rows = torch.from_numpy(rng.integers(len(latents[name]), size=BATCH[name]))
         dropped = torch.from_numpy(rng.random(len(rows)) < 0.1)[:, None]  # for guidance
         x = latents[name][rows].float()
         t = schedule.draw(len(x), draws)
@@ -320,8 +314,6 @@ def main() -> None:
         raise SystemExit(f"stage {cfg.stage!r}: choose one of {', '.join(stages)}")
     if cfg.family not in FAMILIES:
         raise SystemExit(f"family {cfg.family!r}: choose one of {', '.join(FAMILIES)}")
-    if unknown := set(cfg.often) - set(world.MOTIONS):
-        raise SystemExit(f"--often {' '.join(unknown)}: choose of {', '.join(world.MOTIONS)}")
     torch.set_num_threads(cfg.threads)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     stages[cfg.stage](cfg)
