@@ -18,6 +18,7 @@ import weights
 from sdv.data import Clips, Pairs
 from sdv.lora import add_lora, lora_modules
 from sdv.objectives import denoising_loss, draws_of
+from sdv.positions import place_reference
 from sdv.seeds import generator
 from weights import tiny as tiny_models
 from weights import wan
@@ -152,6 +153,7 @@ def test_an_adapter_runs_in_diffusers_at_its_strength_with_the_reference_as_one_
 ):
     dit = weights.load_backbone(tiny, parts=("dit",), log=quiet).dit
     add_lora(dit, 4, 2.0, dit.lora_targets)
+    place_reference(dit, "leading")
     torch.manual_seed(0)
     for module in lora_modules(dit).values():
         module.lora_B.data.normal_(std=0.1)
