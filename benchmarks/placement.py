@@ -1,8 +1,8 @@
 """Where should Wan's reference sit? One adapter for each place and seed, on a Wan of the micro-world.
 
-    python weights/toy/pretrain.py --family wan --out out/wan --stage new     # then vae, latents, dit, score
-    python -m benchmarks.placement --seeds 0 1 2                              # goes on where it was stopped
+    python -m benchmarks.placement --seeds 0 1 2        # goes on where it was stopped
 
+weights/toy/README.md has the commands that make that Wan, placement.md what came out.
 Rows of one seed see the same data, noise and times, so their losses compare step by step. Into placement.csv.
 """
 

@@ -372,7 +372,8 @@ def test_inspect_prints_what_is_there(family, folders, tmp_path, monkeypatch, ca
     report = capsys.readouterr().out
     assert f"kohya, {formats.label(family)}" in report
     assert f"{len(lora_modules(dit))} modules, rank 4, alpha 3 (from the file), scale 0.75" in report
-    assert "float32" in report and f"ref_position {dit.ref_position}, lora_tokens all" in report
+    place = "far" if family is WanDiT else "leading"
+    assert "float32" in report and f"ref_position {place}, lora_tokens all" in report
     norms = [module.delta().norm() for path, module in lora_modules(dit).items() if path.endswith("attn.q")]
     row = next(line.split() for line in report.splitlines() if line.split()[:1] == ["attn.q"])
     assert int(row[1]) == 2
