@@ -85,6 +85,7 @@ class Config:
     targets: tuple[str, ...] = ()  # layers, by the end of their path; the model's own list if not given
     lora_tokens: Literal["all", "ref"] = "all"  # what it acts on (released code: all; text: the subject)
     adapter: str = ""  # start from this LoRA file, with its rank and alpha, instead of from B = 0
+    lora_alpha: float | None = None  # for an --adapter that does not say its alpha
     # optimisation
     steps: int = 4000  # (paper: 4,000)
     identity_batch: int = 8  # pairs in a micro-batch; x accumulate x processes = 256 (paper: 256)
@@ -257,6 +258,19 @@ def main() -> None:
             frames=cfg.frames, fps=cfg.fps, device=cfg.device,
         ), layout,
     )  # fmt: skip
+
+    def attach(dit: nn.Module, file: str | Path) -> str:
+        """Give it the LoRA, a file's or a new one, and its place for the reference; says which LoRA it is."""
+        if file:
+            which = weights.load_adapter(dit, file, cfg.lora_alpha)
+        else:
+            modules = adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
+            which = f"a new LoRA: {len(modules)} modules, rank {cfg.rank}, alpha {cfg.alpha}"
+        place_reference(dit, cfg.ref_position or dit.ref_position)
+        return which
+
+    with torch.device("meta"):  # tried on a model without memory; a run that goes on has its own file
+        attach(layout.parts["dit"].build(), "" if cfg.resume else cfg.adapter)
     shots = read_shots(cfg.sample_manifest) if cfg.sample_every else []
     pictures = [shot.ref and fit(read_image(shot.ref), *sides) for shot in shots]
     out, settings = Path(cfg.out), kept_settings(cfg, world)
@@ -300,12 +314,8 @@ def main() -> None:
     dit.checkpoint_every = cfg.checkpoint_every
     torch.manual_seed(cfg.seed)
     newest, state = runs.newest_whole(out, say) if cfg.resume else (None, {})
-    if newest or cfg.adapter:
-        say(weights.load_adapter(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
-    else:
-        adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
+    say(attach(dit, newest / "adapter.safetensors" if newest else cfg.adapter))
     hold(dit, cfg.frozen, cfg.device)
-    place_reference(dit, cfg.ref_position or dit.ref_position)
     for module in lora_modules(dit).values():
         module.dropout = cfg.lora_dropout
     if cfg.shard:

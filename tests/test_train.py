@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
@@ -213,6 +214,30 @@ def test_bad_input_is_one_error_before_training_starts(monkeypatch, tiny, tmp_pa
         run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN} | change)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert not metrics.exists() or metrics.read_text() == ""
+
+
+def test_an_adapter_that_does_not_say_its_alpha_is_refused_at_once_and_goes_on_once_it_is_said(
+    monkeypatch, tiny, tmp_path
+):
+    """The paper's released file is such a one."""
+    first = {"--backbone": tiny, "--out": tmp_path / "first", "--steps": 1, **RUN}
+    run(monkeypatch, train, first)
+    adapter = load_file(tmp_path / "first" / "step-000001" / "adapter.safetensors")
+    save_file(adapter, tmp_path / "released.safetensors", metadata={"format": "pt"})
+    options = first | {"--out": tmp_path / "second", "--adapter": tmp_path / "released.safetensors"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train.weights, "load_backbone", None)
+        with pytest.raises(ValueError, match=r"released\.safetensors.*--lora-alpha"):
+            run(monkeypatch, train, options)
+        with pytest.raises(ValueError, match=r"attn\.x"):
+            run(monkeypatch, train, first | {"--out": tmp_path / "third", "--targets": "attn.x"})
+    options |= {"--lora-alpha": 6}
+    run(monkeypatch, train, options)
+    (tmp_path / "released.safetensors").unlink()  # a run that goes on does not need it
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+    with safe_open(tmp_path / "second" / "step-000002" / "adapter.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.lora_alpha"] == 6
 
 
 def test_a_picture_that_cannot_be_read_is_found_before_the_weights_are(monkeypatch, tiny, tmp_path):
