@@ -143,12 +143,13 @@ def read_table(file: Path) -> list[dict[str, str]]:
 def add_row(file: Path, row: dict[str, object]) -> list[dict[str, str]]:
     """Append a row to a CSV that other processes may append to as well; returns all of them."""
     row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-    rows = [*read_table(file), row]
-    with open(file, "w", newline="") as to:
-        writer = csv.DictWriter(to, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
+    before = read_table(file)
+    with open(file, "a", newline="") as to:
+        writer = csv.DictWriter(to, list(before[0] if before else row))
+        if not before:
+            writer.writeheader()
+        writer.writerow(row)
+    return read_table(file)
 
 
 def judge(clips: list[Tensor], of: list[Case]) -> dict:
