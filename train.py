@@ -264,13 +264,14 @@ def main() -> None:
         if file:
             which = weights.load_adapter(dit, file, cfg.lora_alpha)
         else:
-            modules = adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
-            which = f"a new LoRA: {len(modules)} modules, rank {cfg.rank}, alpha {cfg.alpha}"
+            adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
+            which = f"a new LoRA of rank {cfg.rank}, alpha {cfg.alpha}"
         place_reference(dit, cfg.ref_position or dit.ref_position)
         return which
 
-    with torch.device("meta"):  # tried on a model without memory; a run that goes on has its own file
-        attach(layout.parts["dit"].build(), "" if cfg.resume else cfg.adapter)
+    if not cfg.resume:
+        with torch.device("meta"):  # tried on a model without memory
+            attach(layout.parts["dit"].build(), cfg.adapter)
     shots = read_shots(cfg.sample_manifest) if cfg.sample_every else []
     pictures = [shot.ref and fit(read_image(shot.ref), *sides) for shot in shots]
     out, settings = Path(cfg.out), kept_settings(cfg, world)

@@ -179,7 +179,7 @@ def main() -> None:
     for seed in cfg.seeds:
         for name in cfg.rows or ROWS:
             if (name, str(seed), str(cfg.steps)) not in done:
-                print(json.dumps(toy.add_row(table, judge_row(name, seed, cfg, studio, of))[-1]))
+                print(json.dumps(toy.add_row(table, judge_row(name, seed, cfg, studio, of))))
             (HERE / "claims.md").write_text(report(toy.read_table(table)))
 
 

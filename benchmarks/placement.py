@@ -61,7 +61,7 @@ def main() -> None:
             seen = toy.judge(studio.film(of), of)["mean"]
             row = {"place": place, "seed": seed, "steps": cfg.steps} | losses(folder, cfg.steps - cfg.last)
             row |= {measure: seen[measure] for measure in MEASURES} | {"date": datetime.date.today()}
-            print(json.dumps(toy.add_row(FILE, row)[-1]))
+            print(json.dumps(toy.add_row(FILE, row)))
 
 
 if __name__ == "__main__":

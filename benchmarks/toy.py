@@ -140,8 +140,8 @@ def read_table(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
 
 
-def add_row(file: Path, row: dict[str, object]) -> list[dict[str, str]]:
-    """Append a row to a CSV that other processes may append to as well; returns all of them."""
+def add_row(file: Path, row: dict[str, object]) -> dict[str, str]:
+    """Append a row to a CSV that other processes may append to as well; returns it as it is written."""
     row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
     before = read_table(file)
     with open(file, "a", newline="") as to:
@@ -149,7 +149,7 @@ def add_row(file: Path, row: dict[str, object]) -> list[dict[str, str]]:
         if not before:
             writer.writeheader()
         writer.writerow(row)
-    return read_table(file)
+    return row
 
 
 def judge(clips: list[Tensor], of: list[Case]) -> dict:
