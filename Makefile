@@ -17,7 +17,7 @@ $(VENV)/dev: $(VENV)/run                             # plus the test runner and 
 
 # The method in the micro-world: trains an adapter, films subjects never seen, measures, writes out/demo/index.html.
 demo: $(VENV)/run
-	$(RUN) -m benchmarks.demo
+	$(RUN) -m microworld.demo
 
 # The whole chain on real photos and clips with a tiny random model: 20 steps of both tasks, then one video.
 TINY := --height 96 --width 144 --frames 9 --fps 8
@@ -42,7 +42,7 @@ test-triton: $(VENV)/dev
 
 # The micro-world's base model from nothing; every stage goes on where it was stopped.
 base: $(VENV)/run
-	for stage in new vae latents dit score; do $(RUN) weights/toy/pretrain.py --stage $$stage || exit 1; done
+	for stage in new vae latents dit score; do $(RUN) -m microworld.pretrain --stage $$stage || exit 1; done
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

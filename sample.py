@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
-from sdv.data import check_size
+from sdv.data.media import fit, read_image, write_video
+from sdv.data.sizes import check_size
 from sdv.lora import merge
-from sdv.media import fit, read_image, write_video
+from sdv.run.settings import parse, run
 from sdv.schedule import guidance
 from sdv.seeds import generator, normal
-from sdv.settings import parse, run
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def generate(
         return uncond + guidance(cfg.guidance, t, cfg.steps, cfg.dynamic_guidance) * (cond - uncond)
 
     sampler = schedule.samplers[cfg.sampler or schedule.default_sampler]
-    latents = sampler(schedule, denoise, noise, cfg.steps, rngs).to(dit.dtype)      # (B, C, T', H', W')
+    latents = sampler(schedule, denoise, noise, cfg.steps, rngs).to(dit.dtype)  # (B, C, T', H', W')
     return torch.cat([backbone.vae.decode(one[None]).float().cpu() for one in latents])
 
 

@@ -12,7 +12,7 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code on the next
     python train.py --backbone CogVideoX-5b --pairs pairs --clips clips   # the paper's recipe, one 80 GB GPU
     torchrun --nproc-per-node 8 train.py ...                              # several GPUs
     python train.py ... --resume                                          # goes on from the newest save
-    python -m sdv.diagnostics out/run      # do the tasks fight? needs --val-pairs and --val-clips
+    python -m sdv.run.report out/run      # do the tasks fight? needs --val-pairs and --val-clips
 """
 
 import dataclasses
@@ -30,26 +30,23 @@ from tqdm import tqdm
 
 import sample
 import weights
-from sdv import diagnostics, diagnostics_report, parallel, plan, runs
-from sdv.cache import Cache, Cached, Networks
-from sdv.data import Clips, Pairs, Rows, batches, check_size
-from sdv.frozen import Storage, hold
+from sdv import diagnostics
+from sdv.data.cache import Cache, Cached, Networks
+from sdv.data.loader import batches
+from sdv.data.media import fit, read_image, write_video
+from sdv.data.rows import Clips, Pairs, Rows
+from sdv.data.sizes import check_size
 from sdv.lora import adapt, lora_modules, lora_parameters
-from sdv.media import fit, read_image, write_video
-from sdv.objectives import (
-    Draws,
-    Losses,
-    Pair,
-    Schedule,
-    denoising_loss,
-    draws_of,
-    keep_tokens,
-    random_frame,
-)
-from sdv.positions import place_reference
-from sdv.progress import RunLog, by_quarter, log_line, loss_row, peak_memory, read_shots, validate
+from sdv.models.positions import place_reference
+from sdv.objectives import Draws, Losses, Pair, Schedule, denoising_loss, draws_of, keep_tokens, random_frame
+from sdv.run import parallel, plan
+from sdv.run import report as diagnostics_report
+from sdv.run import saves as runs
+from sdv.run.base_storage import Storage, hold
+from sdv.run.log import RunLog, by_quarter, log_line, loss_row, peak_memory, read_shots, validate
+from sdv.run.settings import parse, run
 from sdv.seeds import generator
-from sdv.settings import parse, run
+from sdv.surgery import Surgery
 
 
 @dataclass(frozen=True)
@@ -328,7 +325,7 @@ def main() -> None:
     # memory; the LoRA and AdamW's moments stay fp32, because their updates are too small for bf16.
     say(f"precision: networks {cfg.dtype}; LoRA, AdamW, noise and loss float32")
     optimizer = torch.optim.AdamW(params.values(), cfg.lr, tuple(cfg.betas), cfg.eps, cfg.weight_decay)
-    surgery = diagnostics.Surgery(params.values(), cfg.pcgrad, cfg.p_video)
+    surgery = Surgery(params.values(), cfg.pcgrad, cfg.p_video)
     held = held_out_losses(held_out, enc, dit, schedule, cfg)
     probe = [partial(lambda loss: loss().value, loss) for losses in held.values() for loss in losses]
     with torch.no_grad():

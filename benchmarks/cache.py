@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 import weights
-from benchmarks import toy, turns
-from sdv import parallel
-from sdv.cache import Cache, Networks
-from sdv.data import Clips, Pairs
-from sdv.media import from_uint8
+from benchmarks import turns
+from microworld import studio as toy
+from sdv.data.cache import Cache, Networks
+from sdv.data.media import from_uint8
+from sdv.data.rows import Clips, Pairs
+from sdv.run import parallel
 
 WORLD = toy.ROOT / "out/cache-benchmark"
 PAIRS, CLIPS = 256, 32

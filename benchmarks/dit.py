@@ -28,8 +28,8 @@ SUFFIXES += ["norm1.linear", "norm2.linear", "ff.net.2"]
 
 
 def ours():
-    from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
     from sdv.lora import add_lora
+    from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 
     dit = CogVideoXDiT(CogVideoXConfig(layers=LAYERS))
     add_lora(dit, RANK, ALPHA, dit.lora_targets)

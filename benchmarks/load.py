@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import weights
 from benchmarks import turns
-from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from weights import tiny
 from weights.cogvideox import DIT_NAMES
 from weights.tensors import rename, reverse

@@ -23,7 +23,8 @@ import av
 import numpy as np
 import torch
 
-from sdv.data import Clips, Pairs, batches
+from sdv.data.loader import batches
+from sdv.data.rows import Clips, Pairs
 
 MEDIA = Path(__file__).resolve().parent.parent / "tests/media"
 HEIGHT, WIDTH, FRAMES, FPS = 480, 720, 9, 8

@@ -27,10 +27,10 @@ SHAPES = {  # of the pixels and of the latents
 
 def ours(model: str) -> nn.Module:
     if model == "wan":
-        from sdv.wan_vae import WanVAE, WanVAEConfig
+        from sdv.models.wan_vae import WanVAE, WanVAEConfig
 
         return WanVAE(WanVAEConfig())
-    from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
+    from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 
     return CogVideoXVAE(CogVideoXVAEConfig())
 
@@ -39,7 +39,7 @@ def diffusers(model: str) -> nn.Module:
     if model == "wan":
         from diffusers import AutoencoderKLWan
 
-        from sdv.wan_vae import MEAN, STD
+        from sdv.models.wan_vae import MEAN, STD
 
         return AutoencoderKLWan(
             base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,

@@ -18,12 +18,12 @@ directions are what the module writes, right ones what it reads. At B = 0 every 
 span of A, r dimensions of n, so that any two updates overlap by far more than the k / n of random subspaces.
 The null is therefore a random update of the same structure: same A and B, Gaussian gA and gB of real size.
 
-    python -m sdv.diagnostics RUN [RUN ...]    draws the probes of runs side by side, also while they train
+    python -m sdv.run.report RUN [RUN ...]    draws the probes of runs side by side, also while they train
 """
 
 import re
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -33,9 +33,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from sdv.data import Rows
+from sdv.data.rows import Rows
 from sdv.lora import LoRA, lora_modules, lora_parameters
-from sdv.parallel import average, ranks
+from sdv.run.parallel import ranks
 from sdv.seeds import generator
 
 TASKS = ("identity", "motion")
@@ -130,10 +130,10 @@ def measures(gram: Tensor, weights: Tensor) -> dict[str, Tensor]:
     norm: of the noisy mean over a half. signal: squared norm without noise. noise: variance of one
     micro-batch over signal, so how many of them hold as much noise as signal.
     """
-    products = weights @ gram[:, None] @ weights.mT                       # (S, R, 4, 4) of halves
-    power = torch.einsum("rhn,snn->srh", weights, gram)                   # (S, R, 4) mean over micro-batches
-    norms = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()       # (S, R, 4)
-    cosines = products / (norms[..., :, None] * norms[..., None, :])      # (S, R, 4, 4)
+    products = weights @ gram[:, None] @ weights.mT  # (S, R, 4, 4) of halves
+    power = torch.einsum("rhn,snn->srh", weights, gram)  # (S, R, 4) mean over micro-batches
+    norms = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # (S, R, 4)
+    cosines = products / (norms[..., :, None] * norms[..., None, :])  # (S, R, 4, 4)
     signal = {"identity": products[..., 0, 1], "motion": products[..., 2, 3]}
     out = {kind: cosines[..., *zip(*pairs, strict=True)].mean(-1) for kind, pairs in COMPARED.items()}
     between = products[..., :2, 2:].mean(dim=(-2, -1))
@@ -152,7 +152,7 @@ def positive(x: Tensor) -> Tensor:
 
 def halves_of(picked: Tensor, m: int) -> Tensor:
     """Weights (R, 4, 4m) of halves that are the means of these micro-batches among their own m, (R, 4, n)."""
-    share = nn.functional.one_hot(picked, m).double().mean(2)             # (R, 4, m)
+    share = nn.functional.one_hot(picked, m).double().mean(2)  # (R, 4, m)
     return (torch.eye(4, dtype=torch.float64)[..., None] * share[:, :, None]).flatten(2)
 
 
@@ -170,8 +170,8 @@ def with_intervals(grams: Tensor, draws: int = 500) -> list[dict[str, list[float
         picked = torch.randint(m, (draws, 4, m - 1), generator=generator(m, draws))
         ends = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
         for name, x in measures(grams, halves_of(picked, m)).items():
-            cut = x.nanquantile(ends, dim=1)                              # (3, S)
-            cut[:, x.isnan().double().mean(1) > 0.05] = torch.nan         # the interval has no end
+            cut = x.nanquantile(ends, dim=1)  # (3, S)
+            cut[:, x.isnan().double().mean(1) > 0.05] = torch.nan  # the interval has no end
             low[name], high[name] = (value[name] + (end - cut[1])[:, None] for end in (cut[0], cut[2]))
     return [
         {name: [tidy(x[s, 0]) for x in (value[name], low[name], high[name])] for name in value}
@@ -219,7 +219,7 @@ def compare(one: Directions, two: Directions, k: int) -> Tensor:
     first, second = (x.size.square() / x.size.square().sum(-1, keepdim=True) for x in (one, two))
     columns = []
     for x, y in ((one.left, two.left), (one.right, two.right)):
-        between = x.mT @ y                                                # (..., n, n)
+        between = x.mT @ y  # (..., n, n)
         cosines = torch.linalg.svdvals(between[..., :k, :k]).clamp(max=1)
         angles, share = cosines.acos().rad2deg(), between.square()
         columns += [cosines.square().mean(-1), angles[..., 0], angles[..., -1]]
@@ -264,7 +264,7 @@ def probe(dit: nn.Module, losses: Sequence[Callable[[], Tensor]], leading: int =
         k, means = min(leading, max(1, module.rank // 2)), []
         for leaf in ("lora_A", "lora_B"):
             stack = torch.stack(kept.pop(f"{path}.{leaf}")).to(module.weight.device)
-            gram = stack.flatten(1) @ stack.flatten(1).T                  # (4m, 4m)
+            gram = stack.flatten(1) @ stack.flatten(1).T  # (4m, 4m)
             for part in parts_of(path, leaf):
                 grams[part] += gram.double().cpu()
             means.append(stack.unflatten(0, (4, -1)).mean(1).flatten(2))  # (4, r, in), (4, out, r)
@@ -273,71 +273,3 @@ def probe(dit: nn.Module, losses: Sequence[Callable[[], Tensor]], leading: int =
     for (kind, name), found in zip(grams, with_intervals(torch.stack(list(grams.values()))), strict=True):
         row.setdefault(kind, {})[name] = found
     return row | {"seconds": time.perf_counter() - start}
-
-
-# Gradient surgery
-
-
-def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
-    return sum((a * b).sum(dtype=torch.float64).item() for a, b in zip(x, y, strict=True))
-
-
-def project(grads: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
-    """PCGrad (arXiv 2001.06782): without the part along `other`, if the two conflict (negative product)."""
-    share = min(0.0, dot(grads, other)) / (dot(other, other) or 1.0)
-    return [g - share * o for g, o in zip(grads, other, strict=True)]
-
-
-class Surgery:
-    """Collects each task's gradient of a step and puts back one in which the tasks do not fight.
-
-    exact: a step holds both tasks and takes (1 - p) g_identity + p g_motion, each projected off the other.
-    buffer-n: a step holds one task, projected off the mean of the other's last n gradients; the coin weighs
-    the two. none: leaves .grad alone. `past` are the buffers, on the CPU; they belong to a save.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], mode: str, p_video: float):
-        self.params, self.mode = list(params), mode
-        self.share = {"identity": 1 - p_video, "motion": p_video}
-        kept = int(mode.removeprefix("buffer-")) if mode.startswith("buffer-") else 0
-        self.past = {task: deque(maxlen=kept) for task in TASKS}
-        self.fresh: dict[str, list[Tensor]] = {}
-
-    def restore(self, past: dict[str, list[list[Tensor]]]) -> None:
-        for task, kept in past.items():
-            self.past[task].extend([g.cpu() for g in grads] for grads in kept)
-
-    def take(self, task: str) -> None:
-        """Move .grad, after each backward, to the task's sum."""
-        if self.mode != "none":
-            before = self.fresh.get(task) or [0.0] * len(self.params)
-            self.fresh[task] = [b + p.grad for b, p in zip(before, self.params, strict=True)]
-            for p in self.params:
-                p.grad = None
-
-    def put(self) -> None:
-        """Average over ranks, project, write .grad."""
-        if self.mode == "none":
-            average(p.grad for p in self.params)
-            return
-        fresh, self.fresh = self.fresh, {}
-        average(g for grads in fresh.values() for g in grads)
-        if self.mode == "exact":
-            identity, motion = (fresh[task] for task in TASKS)
-            pairs = zip(project(identity, motion), project(motion, identity), strict=True)
-            grads = [self.share["identity"] * i + self.share["motion"] * m for i, m in pairs]
-        else:
-            ((task, grads),) = fresh.items()
-            other = self.past[TASKS[1 - TASKS.index(task)]]
-            self.past[task].append([g.to("cpu", copy=True) for g in grads])  # clipping works in place
-            if other:
-                mean = [torch.stack(gs).mean(0) for gs in zip(*other, strict=True)]
-                grads = project(grads, [m.to(g.device) for m, g in zip(mean, grads, strict=True)])
-        for p, g in zip(self.params, grads, strict=True):
-            p.grad = g
-
-
-if __name__ == "__main__":
-    from sdv.diagnostics_report import main
-
-    main()

@@ -49,7 +49,7 @@ def denoising_loss(dit: nn.Module, schedule: Schedule, pair: Pair, draws: Draws)
     """
     x = pair.target.float()
     t = torch.cat([schedule.draw(1, rng) for rng in draws.each]).to(x.device)  # (B,)
-    noise = normal(x.shape, draws.each).to(x.device)                      # (B, C, T, H, W)
+    noise = normal(x.shape, draws.each).to(x.device)  # (B, C, T, H, W)
     noisy = schedule.add_noise(x, noise, t).to(dit.dtype)
     pred = dit(noisy, t, pair.text.to(dit.dtype), pair.ref.to(dit.dtype), pair.keep)
     each = (pred.float() - schedule.target(x, noise, t)).square().mean(dim=(1, 2, 3, 4))

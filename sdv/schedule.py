@@ -177,13 +177,13 @@ def dpm(
     x, before = x.float(), None
     for i, t, now, then in schedule.walk(steps):
         x0 = schedule.to_x0(x, denoise(x, t, i), t)
-        h = (then.logit() - now.logit()) / 2                              # step in log(alpha / sigma)
+        h = (then.logit() - now.logit()) / 2  # step in log(alpha / sigma)
         noise, estimate = normal(x.shape, rngs), x0
-        if before is not None and then < 1:                               # second order: extrapolate x0
+        if before is not None and then < 1:  # second order: extrapolate x0
             x0_before, signal_before = before
-            h_before = (now.logit() - signal_before.logit()) / 2          # infinite where the SNR was zero
+            h_before = (now.logit() - signal_before.logit()) / 2  # infinite where the SNR was zero
             estimate = x0 + h / (2 * h_before) * (x0 - x0_before)
-            noise = normal(x.shape, rngs)                                 # diffusers drops the first draw
+            noise = normal(x.shape, rngs)  # diffusers drops the first draw
         decay = (-2 * h).exp()
         x = ((1 - then) / (1 - now) * decay).sqrt() * x + (1 - decay) * then.sqrt() * estimate
         x = x + ((1 - then) * (1 - decay)).sqrt() * noise.to(x.device)
@@ -219,9 +219,9 @@ def unipc(
         """x from sigma i to i + 1. x0 is the estimate at i, before at i - 1, after, to correct, at i + 1."""
         h = snr[i + 1] - snr[i]
         grow = torch.expm1(-h)
-        first = (grow / -h - 1) / grow                                    # means of the bend and its square
+        first = (grow / -h - 1) / grow  # means of the bend and its square
         estimate, end = x0, 0.5
-        if before is not None and i + 1 < steps:                          # second order
+        if before is not None and i + 1 < steps:  # second order
             r = (snr[i - 1] - snr[i]) / h
             start = 0.5
             if after is not None:

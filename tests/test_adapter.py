@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_DIT, relative_error
 from safetensors.torch import load_file, save_file
 
 import weights
-from sdv.cogvideox_dit import CogVideoXDiT
+from helpers import TINY_DIT, relative_error
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
 from sdv.lora import merge as merge_lora
-from sdv.wan_dit import WanDiT
+from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.wan_dit import WanDiT
 from weights import adapter, cogvideox, formats, wan
 from weights import tiny as tiny_models
 from weights.tensors import rename, reverse, save_module

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from test_train import MEDIA, RUN, assert_same, losses, run
 
 import train
 import weights
-from sdv.cache import Cache, Cached, Networks
-from sdv.data import Clips, Pairs
+from helpers import MEDIA, RUN, assert_same, losses, run
+from sdv.data.cache import Cache, Cached, Networks
+from sdv.data.rows import Clips, Pairs
 
 SIDES = 64, 96
 

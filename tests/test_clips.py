@@ -10,9 +10,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_media import MEDIA, blocks, chw, difference
 
-from sdv import media
+from helpers import MEDIA, blocks, chw, difference
+from sdv.data import media
 
 
 def encode(path, pictures, pts, unit=Fraction(1, 1000), codec="libx264", tags=None, **options) -> Path:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import load_dit, random_inputs, relative_error, stock_predict, stock_rope
 
-from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from helpers import load_dit, random_inputs, relative_error, stock_predict, stock_rope
 from sdv.lora import add_lora, lora_parameters
+from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 
 
 @pytest.mark.parametrize("size", [(3, 8, 12), (1, 8, 12), (2, 6, 6), (4, 4, 16)])

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
 
-from sdv import causal_conv
-from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
+from helpers import relative_error
+from sdv.models import causal_conv
+from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from weights.cogvideox import VAE_NAMES, vae_config
 from weights.tensors import load_into, read_json, rename
 
@@ -168,7 +168,7 @@ def test_clips_that_do_not_fit_are_refused(both):
 
 MEASURE = """
 import resource, sys, torch
-from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
+from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 torch.set_num_threads(1)
 vae = CogVideoXVAE(CogVideoXVAEConfig((32, 32, 32, 32), 1, 8, 4))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdv import data, media
-from sdv.data import Clips, Pairs, batches, check_size, count_tokens
+from sdv.data import media
+from sdv.data.__main__ import main
+from sdv.data.loader import batches, locate
+from sdv.data.rows import Clips, Pairs
+from sdv.data.sizes import check_size, count_tokens
 
 MEDIA = Path(__file__).parent / "media"
 
@@ -156,9 +159,9 @@ def test_batches_pair_the_right_pixels_with_the_prompt(dots):
 
 
 def test_every_row_comes_equally_often():
-    counts = Counter(data.locate(0, k, 10)[1] for k in range(1000))
+    counts = Counter(locate(0, k, 10)[1] for k in range(1000))
     assert counts == dict.fromkeys(range(10), 100)
-    assert [data.locate(0, k, 10)[0] for k in (0, 9, 10, 999)] == [0, 0, 1, 99]
+    assert [locate(0, k, 10)[0] for k in (0, 9, 10, 999)] == [0, 0, 1, 99]
 
 
 @pytest.mark.parametrize("start", [0, 4])
@@ -277,7 +280,7 @@ def test_clips_too_short_are_refused_with_both_durations():
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
-    code = data.main([str(word) for word in words])
+    code = main([str(word) for word in words])
     return code, *capsys.readouterr()
 
 

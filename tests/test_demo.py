@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from benchmarks import demo_page, toy
-from sdv import diagnostics_report
-from sdv.media import read_clip
+from microworld import demo_page
+from microworld import studio as toy
+from sdv.data.media import read_clip
+from sdv.run import report as diagnostics_report
 
 
 @pytest.fixture

@@ -11,46 +11,17 @@ import torch
 from torch import nn
 
 import train
-from sdv import diagnostics, diagnostics_report
-from sdv.cogvideox_dit import CogVideoXDiT
-from sdv.data import Pairs
-from sdv.diagnostics import SUBSPACE, Surgery, compare, directions, probe, project
-from sdv.lora import add_lora, lora_modules, lora_parameters
-from sdv.wan_dit import WanDiT
+from helpers import probe_of, toy
+from sdv import diagnostics
+from sdv.data.rows import Pairs
+from sdv.diagnostics import SUBSPACE, compare, directions, probe
+from sdv.lora import lora_modules, lora_parameters
+from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.wan_dit import WanDiT
+from sdv.run import report as diagnostics_report
+from sdv.surgery import Surgery, dot, project
 
 MEDIA = Path(__file__).parent / "media"
-
-
-class Toy(nn.Module):
-    """Linear maps where a transformer has them, and a convolution."""
-
-    def __init__(self, width: int = 24):
-        super().__init__()
-        self.patch_in = nn.Conv2d(3, width, 2, stride=2)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"q": nn.Linear(width, width), "down": nn.Linear(width, 2 * width)})
-            for _ in range(2)
-        )
-
-
-def toy(rank: int = 4, zero_b: bool = False) -> Toy:
-    torch.manual_seed(0)
-    model = Toy()
-    add_lora(model, rank, rank, ("patch_in", "q", "down"))
-    for name, parameter in lora_parameters(model).items():
-        if not (zero_b and name.endswith("B")):
-            nn.init.normal_(parameter)
-    return model
-
-
-def pull(params: dict, grads: dict) -> torch.Tensor:
-    """A linear loss whose gradient is `grads`."""
-    return sum((params[name] * grads[name]).sum() for name in grads)
-
-
-def probe_of(model: nn.Module, wanted: list[dict]) -> dict:
-    params = lora_parameters(model)
-    return probe(model, [partial(pull, params, grads) for grads in wanted])
 
 
 # Cosines, norms, noise
@@ -231,12 +202,12 @@ def test_projection_ends_a_conflict_and_touches_nothing_else():
     rng = torch.Generator().manual_seed(4)
     for _ in range(20):
         g, other = ([torch.randn(7, 3, generator=rng), torch.randn(5, generator=rng)] for _ in range(2))
-        if diagnostics.dot(g, other) > 0:
+        if dot(g, other) > 0:
             other = [-o for o in other]
         out = project(g, other)
-        assert abs(diagnostics.dot(out, other)) < 1e-5
+        assert abs(dot(out, other)) < 1e-5
         torch.testing.assert_close(out, project(g, [3 * o for o in other]))
-        assert diagnostics.dot(out, g) == pytest.approx(diagnostics.dot(out, out), rel=1e-4)  # orthogonal
+        assert dot(out, g) == pytest.approx(dot(out, out), rel=1e-4)  # orthogonal
         torch.testing.assert_close(project(g, [-o for o in other]), g, rtol=0, atol=0)
     assert project(g, [0 * o for o in other])[0].isfinite().all()
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import relative_error
 
+from helpers import relative_error
 from sdv.schedule import FlowMatching, VPrediction, euler, unipc
 from weights.wan import schedule_from
 

@@ -4,14 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import load_dit, random_inputs
-from test_parallel import CALM, assert_close
-from test_train import RUN, assert_same, losses, run
 from torch import nn
 
 import train
-from sdv.frozen import Float8, hold, nbytes
+from helpers import CALM, RUN, assert_close, assert_same, load_dit, losses, random_inputs, run
 from sdv.lora import adapt, lora_parameters
+from sdv.run.base_storage import Float8, hold, nbytes
 
 STEP = 2.0**-4  # of e4m3: three bits behind the leading one, so half a unit of the last is 1/16
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import weights
-from sdv.cogvideox_dit import CogVideoXDiT
+from helpers import relative_error
+from sdv.models.cogvideox_dit import CogVideoXDiT
 from weights.cogvideox import DIT_NAMES, dit_config
 from weights.tensors import load_into
 
@@ -38,10 +39,6 @@ def golden(tmp_path):
     inputs = group("in.")
     video, ref = inputs["video"].transpose(1, 2), inputs["ref"].transpose(1, 2)
     return dit, (video, inputs["timestep"], inputs["text"], ref), tmp_path, float(metadata["lora_alpha"])
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @torch.no_grad()

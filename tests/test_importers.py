@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdv import data, importers, media
-from sdv.data import Clips, Pairs
+from sdv.data import importers, media
+from sdv.data.__main__ import main
+from sdv.data.rows import Clips, Pairs
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -34,7 +35,7 @@ SCHEMA = pa.schema(
 
 
 def run(*argv, workers: int = 0) -> int:
-    return data.main(["import", *map(str, argv), "--workers", str(workers)])
+    return main(["import", *map(str, argv), "--workers", str(workers)])
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -116,7 +117,7 @@ def test_views_are_the_inner_pixels_in_both_directions(tmp_path):
             assert torch.equal(media.read_image(tmp_path / "out" / found["reference_file_name"]), ref)
             assert torch.equal(media.read_image(tmp_path / "out" / found["target_file_name"]), target)
             assert found["prompt"] == prompt
-    assert data.main(["check", str(tmp_path / "out")]) == 0
+    assert main(["check", str(tmp_path / "out")]) == 0
     item = Pairs(tmp_path / "out", 512, 512)[0]
     assert torch.equal(item["target"], media.from_uint8(views(0, 512)[1]))
     assert item["prompt"] == "<cls> thing 0 on the right"
@@ -379,7 +380,7 @@ def test_a_folder_of_clips_is_filtered_and_linked(videos, tmp_path, capsys):
     for found, name in zip(metadata(out), ("wide", "wider"), strict=True):
         assert found["prompt"] == f"a {name} clip"
         assert (out / found["file_name"]).samefile(videos / f"{name}.mp4")
-    assert data.main(["check", str(out), "--frames", "9", "--fps", "8"]) == 0
+    assert main(["check", str(out), "--frames", "9", "--fps", "8"]) == 0
     clip = Clips(out, 9, 8, 32, 48)[0]["clip"]
     assert torch.equal(clip, media.from_uint8(media.read_clip(videos / "wide.mp4", 9, 8, 32, 48)))
     before = tree(out)
@@ -401,7 +402,7 @@ def test_real_clips_pass_and_may_be_copied_or_symbolic(tmp_path, monkeypatch):
             path, source = tmp_path / kind / found["file_name"], MEDIA / "clips" / f"{name}.mp4"
             assert path.read_bytes() == source.read_bytes()
             assert path.samefile(source) == (kind == "links") == path.is_symlink()
-        assert data.main(["check", str(tmp_path / kind), "--frames", "9", "--fps", "8"]) == 0
+        assert main(["check", str(tmp_path / kind), "--frames", "9", "--fps", "8"]) == 0
 
 
 def test_a_table_lists_clips_under_any_names(videos, tmp_path, capsys):

@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import load_dit, random_inputs, relative_error, stock_predict
 from safetensors import safe_open
 
 import weights
+from helpers import load_dit, random_inputs, relative_error, stock_predict
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters, merge, unmerge
 from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.schedule import VPrediction

@@ -1,32 +1,11 @@
 """Pictures and sizes, against Pillow."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from sdv import media
-
-MEDIA = Path(__file__).parent / "media"
-GRID = np.array(
-    [[[250, 10, 10], [10, 250, 10], [10, 10, 250]], [[250, 250, 10], [10, 10, 10], [250, 250, 250]]], np.uint8
-)  # six colours, no symmetry
-
-
-def blocks(cell: int = 16) -> np.ndarray:
-    """(2 cell, 3 cell, 3) picture that looks different in each of the eight orientations."""
-    return GRID.repeat(cell, 0).repeat(cell, 1)
-
-
-def chw(image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return (a.double() - b.double()).abs().mean().item()
-
+from helpers import GRID, MEDIA, blocks, chw, difference
+from sdv.data import media
 
 # Pictures
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sdv import clip_metrics, metrics, world
+from microworld import metrics, world
+from microworld import movement as clip_metrics
 
 GENERATOR = torch.Generator().manual_seed(0)
 

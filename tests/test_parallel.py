@@ -8,14 +8,11 @@ import sys
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from test_train import ROOT, RUN, argv, assert_same, losses
+
+from helpers import CALM, ROOT, RUN, argv, assert_close, assert_same, losses
 
 ALONE = {"OMP_NUM_THREADS": "1"}
 STEPS = 6
-# AdamW divides a gradient by its own size, and so the rounding errors of a tiny one; a large eps does not.
-CALM = {"--eps": 1e-3, "--lr": 0.05}
 
 
 def command(tiny, out, processes=1, **extra):
@@ -34,13 +31,6 @@ def train(tiny, out, processes=1, flags=(), **extra):
     return done.stdout
 
 
-def assert_close(a, b, step=STEPS):
-    ours, theirs = (load_file(out / f"step-{step:06d}" / "adapter.safetensors") for out in (a, b))
-    for half in ("lora_A", "lora_B"):
-        mine, its = (torch.cat([t.flatten() for n, t in x.items() if half in n]) for x in (ours, theirs))
-        assert (mine - its).norm() <= 1e-6 * its.norm()
-
-
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """One process with micro-batches of four pairs or two clips."""
@@ -54,7 +44,7 @@ def alone(tiny, tmp_path_factory):
 def test_two_processes_equal_one_with_twice_the_batch(tiny, alone, tmp_path, how):
     out = tmp_path / "run"
     train(tiny, out, 2, how, cache=tmp_path / "cache")
-    assert_close(out, alone)
+    assert_close(out, alone, STEPS)
     for mine, its in zip(losses(out), losses(alone), strict=True):
         assert mine[:2] == its[:2]
         assert mine[2:] == pytest.approx(its[2:], rel=1e-5)
@@ -65,7 +55,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(tiny, alone, tm
     train(tiny, out, 2, ["--shard"], steps=2)
     train(tiny, out, 1, ["--resume"], steps=4, identity_batch=4, motion_batch=2)
     train(tiny, out, 2, ["--resume"])
-    assert_close(out, alone)
+    assert_close(out, alone, STEPS)
     refused = subprocess.run(
         [*command(tiny, out, 1), "--resume"], cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True
     )
@@ -108,7 +98,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import train
-from sdv import runs
+from sdv.run import saves as runs
 out, kills, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 rng = random.Random(0)
 step = lambda: max((int(save.name[5:]) for save in runs.saves(out)), default=0)

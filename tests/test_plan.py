@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import weights
-from sdv import plan
-from sdv.frozen import hold
 from sdv.lora import add_lora, lora_parameters
-from sdv.rehearsal import build, count, rehearse
+from sdv.run import plan
+from sdv.run.base_storage import hold
+from sdv.run.cost import build, count, rehearse
 from weights import tiny as tiny_model
 
 SMALL = train.Config(

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import relative_error
 from safetensors.torch import load_file
-from test_diagnostics import probe_of, toy
 
 import train
-from sdv import diagnostics, diagnostics_report
-from sdv.diagnostics import Surgery, gradients, probe
+from helpers import probe_of, relative_error, toy
+from sdv import diagnostics
+from sdv.diagnostics import gradients, probe
 from sdv.lora import lora_parameters
+from sdv.run import report as diagnostics_report
+from sdv.surgery import Surgery
 
 MEDIA = Path(__file__).parent / "media"
 

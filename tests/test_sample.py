@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import relative_error
 
 import sample
 import weights
+from helpers import relative_error
 from sdv.lora import add_lora, lora_parameters
 from sdv.seeds import generator
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from helpers import relative_error
 from sdv.schedule import VPrediction, ddim, dpm, guidance
 from weights.cogvideox import schedule_from
 
@@ -28,10 +29,6 @@ RNGS = [torch.Generator() for _ in range(SHAPE[0])]
 
 def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def fake_network(x: torch.Tensor, t: int) -> torch.Tensor:

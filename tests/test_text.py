@@ -10,7 +10,8 @@ import pytest
 import torch
 from sentencepiece import SentencePieceTrainer
 
-from sdv.text import T5Config, T5Encoder, TextEncoder, Tokenizer, relative_buckets
+from helpers import relative_error, tokenizer
+from sdv.models.text import T5Config, T5Encoder, TextEncoder, Tokenizer, relative_buckets
 from weights.cogvideox import T5_NAMES, t5_config
 from weights.tensors import load_into
 
@@ -18,14 +19,10 @@ T5 = Path(__file__).parent / "data" / "t5"
 CAPTION = "a white dog with a red collar runs along the beach at sunset, waves behind it, handheld camera"
 
 
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 # --------------------------------------------------------------------------------------- token ids
 @pytest.fixture(scope="module")
 def ours():
-    return Tokenizer(T5 / "spiece.model")
+    return tokenizer(T5 / "spiece.model")
 
 
 def transformers_tokenizer(folder: Path):
@@ -139,7 +136,7 @@ def tiny_vocabulary(tmp_path_factory):
 
 def test_a_tiny_vocabulary_is_deterministic_and_has_the_same_ids_in_transformers(tiny_vocabulary):
     ours, theirs = (
-        Tokenizer(tiny_vocabulary / "spiece.model", max_length=32),
+        tokenizer(tiny_vocabulary / "spiece.model", max_length=32),
         transformers_tokenizer(tiny_vocabulary),
     )
     assert ours.cls_id == ours.pieces.get_piece_size() + 100 == len(theirs) - 1
@@ -156,18 +153,18 @@ def test_a_tiny_vocabulary_is_deterministic_and_has_the_same_ids_in_transformers
 
 def test_a_bad_vocabulary_or_prompt_is_one_clear_error(tmp_path, ours):
     with pytest.raises(FileNotFoundError, match="spiece.model"):
-        Tokenizer(tmp_path / "spiece.model")
+        tokenizer(tmp_path / "spiece.model")
     for size in (999, 1000):  # the longer file ends with a whole piece: SentencePiece loads its 76 pieces
         (tmp_path / "cut.model").write_bytes((T5 / "spiece.model").read_bytes()[:size])
         with pytest.raises(ValueError, match="cut.model: .*cut short"):
-            Tokenizer(tmp_path / "cut.model")
+            tokenizer(tmp_path / "cut.model")
     llama_like = tmp_path / "other.model"
     with open(llama_like, "wb") as file:
         SentencePieceTrainer.train(
             sentence_iterator=iter([CAPTION] * 9), model_writer=file, vocab_size=30, minloglevel=2
         )
     with pytest.raises(ValueError, match=r"other.model: pad, eos, unk have ids \(-1, 2, 0\)"):
-        Tokenizer(llama_like)
+        tokenizer(llama_like)
     with pytest.raises(ValueError, match="surrogate"):
         ours(["fine", "broken \ud83d"])
 
@@ -260,8 +257,8 @@ def test_another_text_encoder_is_refused_by_the_name_of_its_field(change):
 # --------------------------------------------------------------------------------------- prompts to features
 def test_prompts_become_features_without_gradient(reference, tiny_vocabulary):
     folder, model = reference
-    tokenizer = Tokenizer(tiny_vocabulary / "spiece.model", max_length=32)
-    text = TextEncoder(tokenizer, load(folder).requires_grad_())
+    reader = tokenizer(tiny_vocabulary / "spiece.model", max_length=32)
+    text = TextEncoder(reader, load(folder).requires_grad_())
     prompts = [f"<cls> {CAPTION}", ""]
     features = text(prompts)
     assert features.shape == (2, 32, 48) and not features.requires_grad
@@ -271,9 +268,7 @@ def test_prompts_become_features_without_gradient(reference, tiny_vocabulary):
 
 
 def test_a_table_without_a_row_for_cls_is_refused(tiny_vocabulary):
-    tokenizer = Tokenizer(tiny_vocabulary / "spiece.model")
-    rows = tokenizer.cls_id
+    reader = tokenizer(tiny_vocabulary / "spiece.model")
+    rows = reader.cls_id
     with pytest.raises(ValueError, match=f"{rows} rows.*id {rows}"):
-        TextEncoder(
-            tokenizer, T5Encoder(T5Config(vocab=rows, dim=8, layers=1, heads=1, head_dim=8, hidden=8))
-        )
+        TextEncoder(reader, T5Encoder(T5Config(vocab=rows, dim=8, layers=1, heads=1, head_dim=8, hidden=8)))

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import relative_error, stock_predict
 
-from benchmarks.toy import TOY
-from sdv import world
+from helpers import relative_error, stock_predict
+from microworld import world
+from microworld.pretrain import psnr
+from microworld.sizes import CONFIGS, FRAMES, SIZE
+from microworld.studio import TOY
 from weights import load_backbone
 from weights.tensors import read_json
-from weights.toy.pretrain import psnr
-from weights.toy.sizes import CONFIGS, FRAMES, SIZE
 
 
 @pytest.fixture(scope="module")

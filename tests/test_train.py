@@ -17,46 +17,10 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 import weights
-from sdv import runs
-from sdv.data import Clips, Pairs
+from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, losses, run
+from sdv.data.rows import Clips, Pairs
 from sdv.objectives import denoising_loss, draws_of
-
-ROOT = Path(__file__).parent.parent
-MEDIA = ROOT / "tests" / "media"
-SIZE = {"--height": 64, "--width": 96, "--frames": 9}
-RUN = {
-    "--pairs": MEDIA / "pairs", "--clips": MEDIA / "clips", **SIZE, "--rank": 8, "--alpha": 8,
-    "--accumulate": 1, "--identity-batch": 2, "--motion-batch": 1, "--p-video": 0.5, "--lr": 0.01,
-    "--warmup": 1, "--workers": 0,
-}  # fmt: skip
-
-
-def argv(options: dict) -> list[str]:
-    return [str(word) for flag, value in options.items() for word in (flag, value) if word != ""]
-
-
-def run(monkeypatch, script, options: dict) -> None:
-    monkeypatch.setattr(sys, "argv", [script.__file__, *argv(options)])
-    script.main()
-
-
-def state(out: Path, step: int) -> tuple[dict, dict]:
-    folder = out / f"step-{step:06d}"
-    training = torch.load(folder / "training.pt", weights_only=True)
-    moments = {f"{i}.{k}": v for i, entry in training["optimizer"]["state"].items() for k, v in entry.items()}
-    return load_file(folder / "adapter.safetensors") | moments, training["samples"]
-
-
-def assert_same(a: Path, b: Path, step: int) -> None:
-    (tensors, taken), (other, other_taken) = state(a, step), state(b, step)
-    assert taken == other_taken
-    assert tensors.keys() == other.keys()
-    assert all(torch.equal(tensors[name], other[name]) for name in tensors)
-
-
-def losses(out: Path) -> list[tuple]:
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["task"], row["loss"], row["grad_norm"]) for row in rows]
+from sdv.run import saves as runs
 
 
 def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_path):

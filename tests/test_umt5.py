@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
 
-from sdv import text as sdv_text
-from sdv.text import EOS, PAD, T5Config, T5Encoder, Tokenizer, UMT5TextEncoder, clean
+from helpers import relative_error, tokenizer
+from sdv.models import text as sdv_text
+from sdv.models.text import EOS, PAD, T5Config, T5Encoder, Tokenizer, UMT5TextEncoder, clean
 from weights import wan
 from weights.tensors import load_into, save_module
 from weights.tiny import CORPUS, train_vocabulary
@@ -50,7 +50,7 @@ def load(folder, names=wan.UMT5_NAMES) -> T5Encoder:
 
 def tokenizer_json(spiece: Path, file: Path) -> Path:
     """What transformers' conversion makes of a vocabulary: pieces, extra ids, and collapsed spaces."""
-    pieces = Tokenizer(spiece, unk=3).pieces
+    pieces = tokenizer(spiece, unk=3).pieces
     vocabulary = [[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(pieces.get_piece_size())]
     extra = [f"<extra_id_{i}>" for i in reversed(range(300))]
     special = [(i, vocabulary[i][0]) for i in range(4)] + list(enumerate(extra, len(vocabulary)))
@@ -101,7 +101,7 @@ def test_ids_equal_transformers_fast_tokenizer_from_either_file(spiece, tmp_path
     file = tokenizer_json(spiece, tmp_path / "tokenizer.json")
     theirs = fast_tokenizer(file)
     lines = varied_lines(500)
-    for ours in (Tokenizer(spiece, 512, 300, unk=3), Tokenizer(file, 512, 300, unk=3)):
+    for ours in (tokenizer(spiece, 512, 300, unk=3), tokenizer(file, 512, 300, unk=3)):
         assert_same_ids(ours, theirs, lines)
         assert ours.cls_id == ours.pieces.get_piece_size() + 300
         assert ours.encode("<cls> a dog")[0] == ours.cls_id
@@ -112,7 +112,7 @@ def test_ids_equal_transformers_fast_tokenizer_from_either_file(spiece, tmp_path
 def test_ids_equal_transformers_with_the_real_vocabulary():
     file = os.environ["SDV_UMT5"]
     theirs = fast_tokenizer(file)
-    ours = Tokenizer(file, 512, 300, unk=3)
+    ours = tokenizer(file, 512, 300, unk=3)
     assert ours.cls_id == 256_300
     assert_same_ids(ours, theirs, varied_lines(1000))
 
@@ -127,15 +127,15 @@ def test_a_broken_or_foreign_tokenizer_json_is_refused(spiece, tmp_path):
     ):
         file.write_text(damage)
         with pytest.raises(ValueError, match=match):
-            Tokenizer(file, unk=3)
+            tokenizer(file, unk=3)
     with pytest.raises(ValueError, match=r"\(0, 1, 3\); this model's have \(0, 1, 2\)|cut short"):
-        Tokenizer(spiece)
+        tokenizer(spiece)
 
 
 @torch.no_grad()
 def test_features_equal_transformers_as_the_pipeline_of_diffusers_pads_them(stock, spiece):
     model, folder = stock
-    ours = UMT5TextEncoder(Tokenizer(spiece, 64, 300, unk=3), load(folder))
+    ours = UMT5TextEncoder(tokenizer(spiece, 64, 300, unk=3), load(folder))
     ids = ours.tokenize(PROMPTS)
     mask = (ids != PAD).long()
     want = model(ids, mask).last_hidden_state * mask[..., None]
@@ -195,7 +195,7 @@ def test_prompts_are_cleaned_as_in_diffusers_pipeline(monkeypatch):
 
 
 def test_the_end_of_a_prompt_is_its_last_eos_even_if_special_tokens_stand_inside(stock, spiece):
-    ours = UMT5TextEncoder(Tokenizer(spiece, 16, 300, unk=3), load(stock[1]))
+    ours = UMT5TextEncoder(tokenizer(spiece, 16, 300, unk=3), load(stock[1]))
     ids = ours.tokenize("a <pad> dog </s> runs")
     assert PAD in ids[0, :4].tolist() and (ids == EOS).sum() == 2
     length = int((ids[0] == EOS).nonzero().max()) + 1

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from safetensors.torch import load_file
 
+from helpers import relative_error
 from sdv.lora import add_lora, lora_parameters
-from sdv.positions import place_reference
-from sdv.wan_dit import FAR, WanConfig, WanDiT
+from sdv.models.positions import place_reference
+from sdv.models.wan_dit import FAR, WanConfig, WanDiT
 from weights import wan
 from weights.tensors import load_into, read_json, save_module
 

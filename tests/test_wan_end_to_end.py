@@ -8,17 +8,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import relative_error
 from safetensors.torch import load_file, save_file
-from test_train import MEDIA, assert_same, losses, run
 
 import sample
 import train
 import weights
-from sdv.data import Clips, Pairs
+from helpers import MEDIA, assert_same, losses, relative_error, run
+from sdv.data.rows import Clips, Pairs
 from sdv.lora import add_lora, lora_modules
+from sdv.models.positions import place_reference
 from sdv.objectives import denoising_loss, draws_of
-from sdv.positions import place_reference
 from sdv.seeds import generator
 from weights import tiny as tiny_models
 from weights import wan

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from conftest import relative_error
 
-from sdv.wan_vae import CausalConv, WanVAE, WanVAEConfig
+from helpers import relative_error
+from sdv.models.wan_vae import CausalConv, WanVAE, WanVAEConfig
 from weights import wan
 from weights.tensors import load_into, save_module
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdv import world
-from sdv.media import read_clip, read_image
-from sdv.sprites import COLOURS, COUNT, PATTERNS, SPECIES, Pose, Subject, draw, layer, subject
+from microworld import world
+from microworld.sprites import COLOURS, COUNT, PATTERNS, SPECIES, Pose, Subject, draw, layer, subject
+from sdv.data.media import read_clip, read_image
 
 GREY = np.full((64, 64, 3), 128.0, np.float32)
 
@@ -124,7 +124,7 @@ def test_a_clip_shows_the_same_path_at_any_length():
 
 def write(out, jobs: int) -> dict[str, str]:
     counts = [f"--{split}=3" for split in ("base", "pairs", "clips", "heldout")]
-    command = [sys.executable, "-m", "sdv.world", str(out), "--size=32", "--frames=9", *counts]
+    command = [sys.executable, "-m", "microworld.world", str(out), "--size=32", "--frames=9", *counts]
     subprocess.run([*command, f"--jobs={jobs}"], check=True, capture_output=True)
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

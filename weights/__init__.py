@@ -1,120 +1,21 @@
 """Public checkpoints in and out: folders in the diffusers layout or in Wan's original one, and LoRA adapters.
 
-    backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
-    load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
+backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae, text, schedule
+load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
 """
 
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from torch import Tensor, nn
-
-from sdv.cogvideox_dit import CogVideoXDiT
-from sdv.schedule import NoiseProcess
-from sdv.wan_dit import WanDiT
-from weights import cogvideox, wan
+from weights.adapters import load_adapter, save_adapter
+from weights.backbone import PARTS, Backbone, load_backbone, open_backbone, save_backbone, sources
 from weights.layout import Layout
-from weights.tensors import Names, load_into, save_module, shards
 
-PARTS = ("dit", "vae", "text")
-
-
-@dataclass
-class Backbone:
-    """A pretrained model; parts that were not asked for are None."""
-
-    layout: Layout
-    dit: nn.Module | None = None
-    vae: nn.Module | None = None
-    text: nn.Module | None = None
-
-    @property
-    def schedule(self) -> NoiseProcess:
-        return self.layout.schedule
-
-
-def open_backbone(path: str | Path) -> Layout:
-    """Read the configs of a checkpoint folder, without its weights. ValueError for what is not supported."""
-    path = Path(path)
-    if path.is_file():
-        raise ValueError(
-            f"{path}: a single file, without the configs that say what is in it and, if it is scaled fp8, "
-            "with rounded weights. Give the folder of the checkpoint as its authors or diffusers publish it"
-        )
-    return (wan if wan.is_wan(path) else cogvideox).read_layout(path)
-
-
-def load_backbone(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    parts: Sequence[str] = PARTS,
-    log: Callable[[str], None] = print,
-) -> Backbone:
-    """Load parts of a checkpoint folder, frozen, tensor by tensor straight to their device and dtype.
-
-    dtype is bf16 or fp32. Missing, damaged, unknown or misshapen tensors raise one error that names them.
-    """
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype {dtype}: use bf16 or fp32; the activations of these models overflow fp16")
-    backbone = Backbone(open_backbone(path))
-    for name in parts:
-        part = backbone.layout.parts[name]
-        with torch.device("meta"):
-            module = part.build()
-        source = backbone.layout.path / part.source
-        log(str(load_into(module.get_submodule(part.root), part.names, source, device, dtype)))
-        if part.note:
-            log(part.note)
-        setattr(backbone, name, module.eval())
-    return backbone
-
-
-def sources(layout: Layout, parts: Sequence[str] = PARTS) -> list[Path]:
-    """The files that parts of a checkpoint are made of: all configs, vocabulary, and their own weights."""
-    found = [layout.path / file for file in layout.files]
-    for part in (layout.parts[name] for name in parts):
-        source = layout.path / part.source
-        found += [source] if source.is_file() else shards(source)
-    return found
-
-
-def save_backbone(backbone: Backbone, path: str | Path, dtype: torch.dtype) -> None:
-    """Write a whole backbone as a folder that load_backbone, and diffusers, read."""
-    layout, path = backbone.layout, Path(path)
-    for file in layout.files:
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(layout.path / file, path / file)
-    for name, part in layout.parts.items():
-        module = getattr(backbone, name).get_submodule(part.root)
-        save_module(module, part.names, path / part.folder / part.file, dtype)
-
-
-def names_of(dit: nn.Module) -> Names:
-    """The checkpoint names of a transformer's modules."""
-    return {CogVideoXDiT: cogvideox.DIT_NAMES, WanDiT: wan.DIT_NAMES}[type(dit)]
-
-
-def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -> str:
-    """Add the LoRA in a file of any format to a model; returns what was read and at what scale.
-
-    alpha overrides the file's; ValueError if neither it nor its format says it: it is never guessed.
-    """
-    from weights import adapter  # here: it is also a command, which runs once this package is there
-
-    return adapter.load_adapter(dit, Path(path), alpha)
-
-
-def save_adapter(
-    dit: nn.Module, path: str | Path, format: str = "diffusers", lora: dict[str, Tensor] | None = None
-) -> None:
-    """Write a model's LoRA in one of weights.formats.FORMATS, so that its tools apply it at its strength.
-
-    lora: its parameters by name, where the model itself has only a share of each.
-    """
-    from weights import adapter
-
-    adapter.save_adapter(dit, Path(path), format, lora)
+__all__ = [
+    "PARTS",
+    "Backbone",
+    "Layout",
+    "load_adapter",
+    "load_backbone",
+    "open_backbone",
+    "save_adapter",
+    "save_backbone",
+    "sources",
+]

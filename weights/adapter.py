@@ -1,4 +1,4 @@
-"""LoRA adapters in and out of a model, and between the formats of the public tools.
+"""LoRA adapters between the formats of the public tools.
 
     python -m weights.adapter inspect adapter.safetensors
     python -m weights.adapter convert adapter.safetensors for-comfyui.safetensors --format comfyui
@@ -15,87 +15,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
+from sdv.lora import lora_modules
 from sdv.lora import merge as merge_lora
-from sdv.positions import place_reference
-from sdv.settings import run
-from weights import load_backbone, open_backbone
-from weights.formats import FORMATS, LAYERS, PLACE, TOKENS, Adapter, Update, label, read, write
+from sdv.run.settings import run
+from weights.adapters import check_fit, load_adapter
+from weights.backbone import load_backbone, open_backbone
+from weights.formats import FORMATS, Adapter, label, read, write
 from weights.layout import Layout
 from weights.tensors import Checkpoint, save_module
 
 
-# ------------------------------------------------------------------------------------- in and out of a model
-def save_adapter(dit: nn.Module, path: Path, format: str, lora: dict[str, Tensor] | None = None) -> None:
-    """Write the LoRA of a model in one of the FORMATS; its readers apply it at the same strength.
-
-    lora: its parameters by name, where the model itself has only a share of each.
-    """
-    lora = lora_parameters(dit) if lora is None else lora
-    modules = lora_modules(dit)
-    if not modules:
-        raise ValueError(f"{path}: the model has no LoRA to save")
-    updates = {
-        ours: Update(lora[f"{ours}.lora_A"].detach(), lora[f"{ours}.lora_B"].detach(), module.alpha)
-        for ours, module in modules.items()
-    }
-    everywhere = next(iter(modules.values())).tokens is None
-    notes = {PLACE: dit.ref_position, TOKENS: "all" if everywhere else "ref"}
-    family = next(kind for kind in LAYERS if isinstance(dit, kind))  # sharding makes subclasses
-    write(Adapter(path, format, family, updates, notes, "from the model"), path, format)
-
-
-def load_adapter(dit: nn.Module, path: Path, alpha: float | None = None) -> str:
-    """Add the LoRA in a file to a model that has none; returns a line that says what was read, at what scale.
-
-    The reference goes where it was when the LoRA was learned, if the file says. alpha overrides the file's.
-    ValueError if nothing says it, and for tensors that do not fit the model.
-    """
-    if lora_modules(dit):
-        raise ValueError(f"{path}: the model already has a LoRA")
-    adapter = read(path, type(dit), alpha).known
-    _check_fit(adapter, dit)
-    try:
-        place_reference(dit, adapter.notes.get(PLACE, dit.ref_position))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    alike = defaultdict(list)
-    for ours, update in adapter.updates.items():
-        alike[update.rank, update.alpha].append(ours)
-    for (rank, alpha), paths in alike.items():
-        add_lora(dit, rank, alpha, tuple(paths))
-    for ours, module in lora_modules(dit).items():
-        # Copied, not assigned: a mapped tensor is aligned as it lies in the file, matrix products then
-        # round differently, and a resumed run would leave the path of the run that never stopped.
-        module.lora_A.data.copy_(adapter.updates[ours].A)
-        module.lora_B.data.copy_(adapter.updates[ours].B)
-    for parameter in lora_parameters(dit).values():
-        parameter.requires_grad_()  # add_lora froze what the one before it had added
-    if adapter.notes.get(TOKENS) == "ref":
-        act_on_reference(dit)
-    return f"{path}: {adapter}"
-
-
-def _check_fit(adapter: Adapter, dit: nn.Module) -> None:
-    modules = dict(dit.named_modules())
-    for ours, update in adapter.updates.items():
-        if not isinstance(modules.get(ours), nn.Linear | nn.Conv2d):
-            reason = "can hold no LoRA" if ours in modules else "is not in it; an adapter for a deeper model?"
-            raise ValueError(f"{adapter.path}: layer {ours} of the model {reason}")
-        out_features, *fan_in = modules[ours].weight.shape
-        wanted = {"A": [update.rank, *fan_in], "B": [out_features, update.rank, *[1] * (len(fan_in) - 1)]}
-        for half, shape in wanted.items():
-            found = list(getattr(update, half).shape)
-            if found != shape:
-                raise ValueError(
-                    f"{adapter.path}: lora_{half} of {ours} has shape {found}, expected {shape}; an adapter "
-                    "for a model of another size?"
-                )
-
-
-# ------------------------------------------------------------------------------------------- the commands
 def convert(source: Path, target: Path, format: str, alpha: float | None, backbone: str) -> None:
     """Write an adapter in another format."""
     adapter = _read(source, alpha, backbone)
@@ -153,7 +83,7 @@ def _read(source: Path, alpha: float | None, backbone: str) -> Adapter:
     with torch.device("meta"):
         dit = layout.parts["dit"].build()
     adapter = read(source, type(dit), alpha)
-    _check_fit(adapter, dit)
+    check_fit(adapter, dit)
     return adapter
 
 

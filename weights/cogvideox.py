@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from sdv.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
-from sdv.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
+from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
+from sdv.models.text import T5Config, T5Encoder, TextEncoder, Tokenizer
 from sdv.schedule import VPrediction
-from sdv.text import T5Config, T5Encoder, TextEncoder, Tokenizer
 from weights.layout import Layout, Part, read_config
 from weights.tensors import Names
+from weights.vocabulary import read_pieces
 
 # ---------------------------------------------------------------------------------------- transformer
 DIT_NAMES: Names = {
@@ -230,7 +231,7 @@ def read_layout(path: Path) -> Layout:
     dit = read_config(path / CONFIGS["dit"], dit_config)
     vae = read_config(path / CONFIGS["vae"], vae_config)
     text = read_config(path / CONFIGS["text"], t5_config)
-    tokenizer = Tokenizer(path / TOKENIZER, dit.text_tokens)
+    tokenizer = Tokenizer(read_pieces(path / TOKENIZER), dit.text_tokens)
     vocabulary = sorted(str(file.relative_to(path)) for file in path.glob("tokenizer/*"))
     weights_file = "diffusion_pytorch_model.safetensors"
     return Layout(

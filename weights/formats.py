@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sdv.cogvideox_dit import CogVideoXDiT
-from sdv.files import write_whole
-from sdv.wan_dit import WanDiT
+from sdv.data.files import write_whole
+from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.wan_dit import WanDiT
 from weights import cogvideox, wan
 from weights.tensors import Names, read_json, rename, reverse, save_tensors
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdv.files import write_whole
-from sdv.layers import stays_float32
+from sdv.data.files import write_whole
+from sdv.models.layers import stays_float32
 
 Names = dict[str, str | None]
 

@@ -3,13 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+from sdv.models.text import CLEANING, T5Config, T5Encoder, Tokenizer, UMT5TextEncoder
+from sdv.models.wan_dit import WanConfig, WanDiT
+from sdv.models.wan_vae import WanVAE, WanVAEConfig
 from sdv.schedule import FlowMatching
-from sdv.text import CLEANING, T5Config, T5Encoder, Tokenizer, UMT5TextEncoder
-from sdv.wan_dit import WanConfig, WanDiT
-from sdv.wan_vae import WanVAE, WanVAEConfig
 from weights.cogvideox import T5_NAMES, t5_config
 from weights.layout import Layout, Part, read_config
 from weights.tensors import Names, read_json
+from weights.vocabulary import read_pieces
 
 # What the vendor samples away from: garish colours, overexposure, stillness, subtitles, painting, grey, low
 # quality, compression, malformed hands, faces and limbs, clutter, three legs, crowds, walking backwards.
@@ -359,7 +360,7 @@ def _text_tokens(config: Path) -> int:
 def _text_part(tokenizer: Path, folder: str, file: str, names: Names, cfg: T5Config, dit: WanConfig) -> Part:
     model = tokenizer / "spiece.model"
     model = model if model.is_file() else tokenizer / "tokenizer.json"
-    reader = Tokenizer(model, dit.text_tokens, EXTRA_IDS, unk=UNK)
+    reader = Tokenizer(read_pieces(model, UNK), dit.text_tokens, EXTRA_IDS)
     build = lambda: UMT5TextEncoder(reader, T5Encoder(cfg))  # noqa: E731
     return Part(folder, file, names, build, root="encoder", note=CLEANING)
 

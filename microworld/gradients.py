@@ -1,0 +1,96 @@
+"""What the two objectives' gradients do to each other over the first steps of training, in the micro-world.
+
+    python -m microworld.gradients --seeds 0 1 2        # goes on where it was stopped
+
+Runs of the full recipe, of image only (p = 0) and of PCGrad with the paper's buffers, probed on the same
+held-out batches. Into benchmarks/gradients: the probes of each run, a table of means, one plot.
+"""
+
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from microworld import studio as toy
+from sdv.run import report as diagnostics_report
+from sdv.run.settings import parse, run
+
+HERE = toy.ROOT / "benchmarks/gradients"
+RUNS: dict[str, dict[str, object]] = {
+    "full recipe": {},
+    "image only": {"p_video": 0.0},
+    "PCGrad buffer 4": {"pcgrad": "buffer-4"},
+    "PCGrad buffer 8": {"pcgrad": "buffer-8"},
+}
+COLUMNS = ("cross", "identity", "motion", "corrected")
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...] = tuple(RUNS)  # which of them
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training; the probe's own draws do not depend on it
+    steps: int = 1000  # of each run (paper: the first 1,000)
+    every: int = 50  # steps between probes (paper: 5 to 50)
+    settled: int = 100  # the table's means begin after this step
+    pairs: int = 2000  # picture pairs
+    clips: int = 64  # clips of other subjects
+    out: str = "out/study"  # worlds and runs
+
+
+def means(folder: Path, settled: int) -> dict[str, float]:
+    """Each cosine's mean over the probes of one run; a probe where it is undefined does not count."""
+    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    for row in diagnostics_report.read(folder):
+        if row["step"] >= settled:
+            whole = row["whole"]["all"]
+            for name in COLUMNS:
+                found[name] += [whole[name][0]] if whole[name][0] is not None else []
+    return {name: statistics.mean(values) for name, values in found.items() if values}
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return "undefined"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def table(settled: int) -> str:
+    lines = [f"| run | seeds | {' | '.join(COLUMNS)} |", "|---|---:|" + "---:|" * len(COLUMNS)]
+    for name in RUNS:
+        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{toy.slug(name)}-*"))]
+        if runs:
+            cells = [cell([one[column] for one in runs if column in one]) for column in COLUMNS]
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    cfg = parse(Config, __doc__)
+    out = Path(cfg.out).resolve()
+    data = toy.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
+    unseen = toy.make_world(out / "unseen", pairs=512, clips=64, seed=1)
+    probe = {
+        "val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0,
+        "probe_every": cfg.every, "val_batches": 8,  # micro-batches that a half of the probe averages
+    }  # fmt: skip
+    for seed in cfg.seeds:
+        for name in cfg.runs:
+            kept = HERE / f"{toy.slug(name)}-{seed}"
+            if kept.is_dir():
+                continue
+            folder = out / kept.name
+            toy.train(folder, data, cfg.steps, seed=seed, **toy.STUDY, **probe, **RUNS[name])
+            kept.mkdir(parents=True)
+            for file in ("probes.jsonl", "config.json"):
+                shutil.copyfile(folder / file, kept / file)
+            (HERE / "table.md").write_text(table(cfg.settled))
+            print(diagnostics_report.cost(folder))
+    drawn = [HERE / f"{toy.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
+    runs = [(diagnostics_report.name_of(one), diagnostics_report.read(one)) for one in drawn]
+    (HERE / "probes.png").write_bytes(diagnostics_report.draw(runs))
+    print(table(cfg.settled))
+
+
+if __name__ == "__main__":
+    run(main)

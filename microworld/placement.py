@@ -1,0 +1,68 @@
+"""Where should Wan's reference sit? One adapter for each place and seed, on a Wan of the micro-world.
+
+    python -m microworld.placement --seeds 0 1 2        # goes on where it was stopped
+
+weights/toy/README.md has the commands that make that Wan, placement.md what came out.
+Rows of one seed see the same data, noise and times, so their losses compare step by step. Into placement.csv.
+"""
+
+import datetime
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import weights
+from microworld import studio as toy
+from sdv.models.wan_dit import WanDiT
+from sdv.run.settings import parse, run
+
+FILE = toy.ROOT / "benchmarks/placement.csv"
+MEASURES = ("top1", "top5", "colour", "motion", "dynamic", "background", "copied")
+
+
+@dataclass(frozen=True)
+class Config:
+    backbone: str = "out/wan/model"  # a Wan of the micro-world
+    places: tuple[str, ...] = WanDiT.ref_positions  # which of them
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training
+    steps: int = 600  # of each run
+    last: int = 200  # steps over which the losses are averaged
+    cases: int = 40  # videos a run is judged by
+    pairs: int = 2000  # picture pairs
+    clips: int = 64  # clips of other subjects
+    out: str = "out/placement"  # worlds and runs
+
+
+def losses(folder: Path, after: int) -> dict[str, float]:
+    """Each task's mean training loss after a step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    late = [row for row in rows if row["step"] >= after]
+    return {
+        f"{task} loss": statistics.mean(row["loss"] for row in late if row["task"] == task)
+        for task in ("identity", "motion")
+    }
+
+
+def main() -> None:
+    cfg = parse(Config, __doc__)
+    backbone, out = Path(cfg.backbone).resolve(), Path(cfg.out).resolve()
+    data, layout = toy.study_world(out, pairs=cfg.pairs, clips=cfg.clips), weights.open_backbone(toy.TOY)
+    sizes = {name: getattr(layout, name) for name in ("height", "width", "frames", "fps")}
+    studio, of = toy.Studio(folder=backbone), toy.cases(cfg.cases)
+    done = {(row["place"], row["seed"], row["steps"]) for row in toy.read_table(FILE)}
+    for seed in cfg.seeds:
+        for place in cfg.places:
+            if (place, str(seed), str(cfg.steps)) in done:
+                continue
+            settings = {"backbone": backbone, "ref_position": place, "seed": seed} | sizes | toy.STUDY
+            folder = out / f"{place}-{seed}"
+            studio.put_on(toy.train(folder, data, cfg.steps, **settings))
+            seen = toy.judge(studio.film(of), of)["mean"]
+            row = {"place": place, "seed": seed, "steps": cfg.steps} | losses(folder, cfg.steps - cfg.last)
+            row |= {measure: seen[measure] for measure in MEASURES} | {"date": datetime.date.today()}
+            print(json.dumps(toy.add_row(FILE, row)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,158 @@
+"""The micro-world as a bench: an adapter trained by train.py, held-out subjects filmed by it, and a judge.
+
+What demo.py, claims.py and gradients.py have in common. The base is weights/toy; times are of two CPU cores.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import sample
+import weights
+from microworld import metrics, world
+from sdv.data.media import fit
+from sdv.lora import lora_modules
+from sdv.run import saves as runs
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "weights/toy"
+SHIPPED = TOY / "adapter.safetensors"
+# The paper's recipe at the world's scale: what is not named here is train.py's default, the paper's value.
+RECIPE = {
+    "rank": 64, "alpha": 64, "lr": 3e-3, "warmup": 50, "dtype": "bfloat16", "checkpoint_every": 0,
+    "identity_batch": 64, "motion_batch": 8, "accumulate": 1, "workers": 0, "verify": 8,
+}  # fmt: skip
+# Runs that are compared have a quarter of the recipe's pairs and half of its clips a step: minutes a run.
+STUDY = {"identity_batch": 16, "motion_batch": 4}
+
+
+def arguments(options: dict[str, object]) -> list[str]:
+    """Settings as a command line has them; paths from the project's folder, where it is run."""
+    words = []
+    for name, value in options.items():
+        here = os.path.relpath(value, ROOT) if isinstance(value, Path) else str(value)
+        words += ["--" + name.replace("_", "-"), here]
+    return words
+
+
+def slug(name: str) -> str:
+    """A row's name as a file has it."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def make_world(out: Path, **counts: int) -> Path:
+    """Write the splits that are asked for, once: pairs= and clips= say how many rows."""
+    done = out / "counts.json"
+    if not done.is_file() or json.loads(done.read_text()) != counts:
+        flags = arguments({"base": 0, "heldout": 0} | counts)
+        subprocess.run([sys.executable, "-m", "microworld.world", str(out), *flags], cwd=ROOT, check=True)
+        done.write_text(json.dumps(counts))
+    return out
+
+
+def study_world(out: Path, **counts: int) -> Path:
+    """The world of a study's runs, in a folder named by its counts."""
+    return make_world(out / "worlds" / "-".join(f"{name}{count}" for name, count in counts.items()), **counts)
+
+
+def train(out: Path, data: Path, steps: int, **settings: object) -> Path:
+    """Run train.py on a world's pairs and clips; returns the adapter. A stopped run goes on."""
+    adapter = out / f"step-{steps:06d}" / "adapter.safetensors"
+    if not adapter.is_file():
+        options = RECIPE | {"backbone": TOY, "steps": steps, "save_every": steps} | settings
+        options |= {"pairs": data / "pairs", "clips": data / "clips", "cache": data / "cache", "out": out}
+        go_on = ["--resume"] * bool(runs.saves(out))
+        subprocess.run([sys.executable, "train.py", *arguments(options), *go_on], cwd=ROOT, check=True)
+    return adapter
+
+
+class Case(NamedTuple):
+    """A held-out subject that is to be filmed: its picture (3, H, W) and what is asked for."""
+
+    ref: Tensor
+    truth: world.Scene
+
+
+def cases(count: int, on_white: bool = True) -> list[Case]:
+    """Four prompts for each held-out subject; its picture on white, as the paper has it, or in a scene."""
+    layout, found = weights.open_backbone(TOY), []
+    for i in range(-(-count // world.PROMPTS_PER_SUBJECT)):
+        portrait, wanted = world.heldout(i, layout.frames)
+        picture = world.render(portrait, world.SCALE * layout.height, "white" if on_white else None)[0]
+        ref = fit(torch.from_numpy(picture).movedim(-1, 0), layout.height, layout.width)
+        found += [Case(ref, truth) for truth in wanted]
+    return found[:count]
+
+
+def renders(of: list[Case]) -> list[Tensor]:
+    """What a perfect model could make of each case."""
+    return [world.to_clip(world.render(case.truth, case.ref.shape[-1])) for case in of]
+
+
+class Studio:
+    """A base of the micro-world, to which adapters can be added one after the other."""
+
+    def __init__(self, steps: int = 25, batch: int = 10, guidance: float = 3.0, folder: Path = TOY):
+        self.steps, self.batch = steps, batch  # guidance 6, the 5B's, makes this small model's colours glow
+        self.folder, toy = folder, weights.open_backbone(TOY)
+        self.backbone = weights.load_backbone(folder, dtype=torch.bfloat16, log=lambda line: None)
+        cfg = sample.Config(
+            backbone=str(folder), prompt=(), steps=steps, guidance=guidance, height=toy.height,
+            width=toy.width, frames=toy.frames, fps=toy.fps, device="cpu", dtype="bfloat16",
+        )  # fmt: skip
+        self.cfg = sample.with_defaults(cfg, self.backbone.layout)
+
+    def put_on(self, adapter: Path | None) -> None:
+        """Load an adapter instead of the one before; None is the base."""
+        if lora_modules(self.backbone.dit):
+            self.backbone.dit = weights.load_backbone(
+                self.folder, dtype=torch.bfloat16, parts=("dit",), log=lambda line: None
+            ).dit
+        if adapter is not None:
+            weights.load_adapter(self.backbone.dit, adapter)
+
+    @torch.no_grad()
+    def film(
+        self, of: list[Case], seed: int = 0, with_ref: bool = True, progress: Callable[[], object] = int
+    ) -> list[Tensor]:
+        """A clip (3, T, H, W) of every case."""
+        backbone, clips = self.backbone, []
+        for first in range(0, len(of), self.batch):
+            some = of[first : first + self.batch]
+            texts, blank = backbone.text([case.truth.prompt for case in some]), backbone.text([""])
+            pictures = torch.stack([case.ref for case in some])[:, :, None].bfloat16()
+            refs = backbone.vae.encode(pictures) if with_ref else None
+            seeds = [1000 * seed + first + i for i in range(len(some))]
+            clips += sample.generate(backbone, texts, blank, refs, self.cfg, seeds, progress).clamp(-1, 1)
+        return clips
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV so far."""
+    return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+
+
+def add_row(file: Path, row: dict[str, object]) -> dict[str, str]:
+    """Append a row to a CSV that other processes may append to as well; returns it as it is written."""
+    row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+    before = read_table(file)
+    with open(file, "a", newline="") as to:
+        writer = csv.DictWriter(to, list(before[0] if before else row))
+        if not before:
+            writer.writeheader()
+        writer.writerow(row)
+    return row
+
+
+def judge(clips: list[Tensor], of: list[Case]) -> dict:
+    """microworld.metrics.evaluate of clips that were made of these cases."""
+    return metrics.evaluate(clips, [case.truth for case in of], refs=[case.ref for case in of])

@@ -1,0 +1,190 @@
+"""A long walk over candidates that may be killed: what became of each is a line of OUT/import.jsonl.
+
+The next run goes on from the last whole line and ends with the folder of one never killed, whatever the
+number of workers; metadata.jsonl comes last.
+"""
+
+import fcntl
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain, groupby
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from sdv.data.files import write_whole
+from sdv.seeds import generator
+
+SUBSET = 6  # what is drawn: second number of a key of sdv.seeds, used by nothing else
+CHUNK = 32  # candidates of one source that a worker gets at once
+NAMED = 3  # candidates that the summary names under each reason
+
+
+class Candidate(Protocol):
+    origin: str  # "train-00000.parquet:17", for people and the journal
+    source: object  # candidates in a row that share it are worked on together
+
+
+class Outcome(NamedTuple):
+    """What became of a candidate: the rows it gives to metadata.jsonl, or why it gives none."""
+
+    origin: str
+    rows: Sequence[dict] = ()
+    reason: str = ""  # one of few, to be counted
+    detail: str = ""  # what is wrong with this one
+    content: str = ""  # of two candidates with the same one the second is dropped
+
+    @property
+    def files(self) -> set[str]:
+        return {name for row in self.rows for field, name in row.items() if field.endswith("file_name")}
+
+
+def walk(
+    out: Path,
+    settings: dict,
+    candidates: Sequence[Candidate],
+    work: Callable[[Sequence[Candidate]], list[Outcome]],
+    limit: int | None,
+    seed: int,
+    workers: int,
+) -> list[Outcome]:
+    """What became of the candidates, all of them or drawn by `seed` until `limit` are kept.
+
+    `work` writes below `out`, under names that a candidate alone decides. Only as many candidates go out at
+    once as are still missing, so that no run works on one that another run would never have come to.
+    """
+    total = len(candidates)
+    order = list(range(total))
+    if limit is not None:
+        order = torch.randperm(total, generator=generator(seed, SUBSET)).tolist()
+    wanted = total if limit is None else limit
+    outcomes, first, kept = [], {}, 0
+    with closing(Journal(out, settings)) as journal, tqdm(total=0, unit="row") as bar:
+        while kept < wanted and len(outcomes) < total:
+            chosen = sorted(order[len(outcomes) : len(outcomes) + wanted - kept])  # row groups are read once
+            batch = [candidates[index] for index in chosen]
+            bar.total += len(batch)
+            known = [journal.known[one.origin] for one in batch if one.origin in journal.known]
+            new = _perform([one for one in batch if one.origin not in journal.known], work, workers)
+            for outcome in chain(known, new):
+                if outcome.rows and first.setdefault(outcome.content, outcome.origin) != outcome.origin:
+                    reason, detail = "the same picture as another row", first[outcome.content]
+                    outcome = Outcome(outcome.origin, (), reason, detail)
+                journal.add(outcome)
+                outcomes.append(outcome)
+                kept += bool(outcome.rows)
+                bar.update()
+    return outcomes
+
+
+def _perform(todo: list[Candidate], work: Callable, workers: int) -> Iterator[Outcome]:
+    """Outcomes in the order of the candidates. Only what is wrong with the new folder is raised."""
+    if not todo:
+        return
+    jobs = _Jobs(todo, work)
+    for outcomes in DataLoader(jobs, batch_size=None, num_workers=min(workers, len(jobs))):
+        if isinstance(outcomes, OSError):
+            raise outcomes
+        yield from outcomes
+
+
+class _Jobs(Dataset):
+    """Candidates of one source, up to CHUNK of them -> their outcomes, or an error to raise outside."""
+
+    def __init__(self, todo: list[Candidate], work: Callable):
+        groups = (list(group) for _, group in groupby(todo, key=lambda one: one.source))
+        self.chunks = [group[i : i + CHUNK] for group in groups for i in range(0, len(group), CHUNK)]
+        self.work = work
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> list[Outcome] | OSError:
+        try:
+            return self.work(self.chunks[index])
+        except OSError as error:  # as data, for a DataLoader's own way buries it in a traceback
+            return error
+
+
+class Journal:
+    """OUT/import.jsonl: the settings, then an outcome a line, appended. One process at a time.
+
+    Whatever follows the last whole line is cut off, and outcomes whose files are gone are forgotten.
+    """
+
+    def __init__(self, out: Path, settings: dict):
+        self.file, self.known = _locked(out), {}
+        lines = self._whole_lines()
+        if not lines:
+            self._append(settings)
+            return
+        if changed := [name for name in settings if settings[name] != lines[0].get(name)]:
+            was = ", ".join(f"{name} {lines[0].get(name)}, now {settings[name]}" for name in changed)
+            raise ValueError(f"{out}: was begun otherwise ({was}); repeat that, or give a new folder")
+        for torn in out.rglob(".*.tmp"):
+            torn.unlink(missing_ok=True)
+        outcomes = [Outcome(*line) for line in lines[1:]]
+        self.known = {
+            one.origin: one for one in outcomes if all((out / name).is_file() for name in one.files)
+        }
+
+    def _whole_lines(self) -> list:
+        lines, end = [], 0
+        self.file.seek(0)
+        for line in self.file:
+            try:
+                lines.append(json.loads(line if line.endswith(b"\n") else b""))
+            except ValueError:
+                break
+            end += len(line)
+        self.file.truncate(end)
+        return lines
+
+    def _append(self, value: object) -> None:
+        self.file.write(json.dumps(value).encode() + b"\n")
+        self.file.flush()
+
+    def add(self, outcome: Outcome) -> None:
+        if outcome.origin not in self.known:
+            self._append(outcome)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _locked(out: Path) -> BinaryIO:
+    """The journal of a new folder or of one that an import has begun, held until this process ends."""
+    path = out / "import.jsonl"
+    if not path.exists() and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: holds files that no import wrote; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+b")  # noqa: SIM115 (the journal closes it)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, and may outlive a kill
+    except OSError as error:
+        raise ValueError(f"{out}: another import is writing there; wait, or give a new folder") from error
+    return file
+
+
+def finish(out: Path, total: int, outcomes: Sequence[Outcome], kind: str) -> int:
+    """Write metadata.jsonl, and say what was kept and why the rest was not. ValueError if nothing was."""
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    dropped = [outcome for outcome in outcomes if outcome.reason]
+    kept = len(outcomes) - len(dropped)
+    print(f"{total} rows: {kept} kept, {len(dropped)} dropped, {total - len(outcomes)} not needed")
+    for reason, count in Counter(outcome.reason for outcome in dropped).most_common():
+        print(f"{count:8}  {reason}")
+        named = [outcome for outcome in dropped if outcome.reason == reason and outcome.detail]
+        for outcome in named[:NAMED]:
+            print(f"{'':10}{outcome.origin}: {outcome.detail}")
+    if not rows:
+        raise ValueError(f"{out}: nothing was kept; see the reasons above")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(out / "metadata.jsonl", lambda path: path.write_text(text))
+    print(f"{len(rows)} {kind} in {out / 'metadata.jsonl'}")
+    return 0

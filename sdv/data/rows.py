@@ -1,0 +1,201 @@
+"""Folders of pairs and clips -> checked rows, and the pixels and prompts in them.
+
+A pairs folder holds metadata.jsonl with rows {"reference_file_name", "target_file_name", "prompt"}; a clips
+folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from sdv.data import media
+from sdv.seeds import generator
+
+PAIR = ("reference_file_name", "target_file_name")
+CLIP = ("file_name",)
+ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # what clip.txt may stand beside
+
+
+class Row(NamedTuple):
+    origin: str  # "metadata.jsonl:3 clip.mp4", for people
+    files: tuple[Path, ...]
+    prompt: str
+
+
+def read_rows(folder: str | Path, fields: tuple[str, ...]) -> list[Row]:
+    """Every row of the folder, or one ValueError that counts the bad ones and lists the first five."""
+    rows, problems = scan_rows(folder, fields)
+    if problems:
+        shown = "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
+        raise ValueError(f"{folder}: {len(problems)} of {len(rows) + len(problems)} rows are bad:\n  {shown}")
+    return rows
+
+
+def scan_rows(folder: str | Path, fields: tuple[str, ...]) -> tuple[list[Row], list[str]]:
+    """(good rows, what is wrong with the others), in the order of the folder. An empty folder is an error."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    wanted = f"{', '.join(fields)} and prompt"
+    metadata = folder / "metadata.jsonl"
+    if metadata.is_file():
+        lines = enumerate(metadata.read_bytes().split(b"\n"), 1)
+        readers = [partial(_row_of_line, folder, *line, fields) for line in lines if line[1].strip()]
+    elif fields == CLIP:
+        videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+        readers = [partial(_row_of_caption, path) for path in videos]
+    else:
+        raise FileNotFoundError(f"{folder}: no metadata.jsonl; write it, one object with {wanted} a line")
+    if not readers:
+        raise ValueError(f"{folder}: holds no rows; give it a metadata.jsonl with {wanted}")
+    rows, problems = [], []
+    for read in readers:
+        try:
+            rows.append(read())
+        except ValueError as error:
+            problems.append(str(error))
+    return rows, problems
+
+
+def _row_of_line(folder: Path, number: int, line: bytes, fields: tuple[str, ...]) -> Row:
+    origin = f"metadata.jsonl:{number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{origin}: broken JSON ({error}); write one object a line, in UTF-8") from error
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{origin}: is a {type(row).__name__}; write an object with {', '.join(fields)}, prompt"
+        )
+    for field in (*fields, "prompt"):
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            found = "missing" if field not in row else f"{value!r:.40}"
+            raise ValueError(f"{origin}: {field} is {found}; write a text there")
+    files = tuple(_inside(folder, origin, field, row[field]) for field in fields)
+    return Row(f"{origin} {row[fields[0]]}", files, row["prompt"].strip())
+
+
+def _inside(folder: Path, origin: str, field: str, name: str) -> Path:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{origin}: {field} {name} leaves the folder; use a path inside {folder}")
+    if not (folder / name).is_file():
+        raise ValueError(f"{origin}: {field} {name} is not in {folder}; fix the name or remove the row")
+    return folder / name
+
+
+def _row_of_caption(path: Path) -> Row:
+    text = path.with_suffix(".txt")
+    try:
+        prompt = text.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name}: no prompt; write one in {text.name}, in UTF-8") from error
+    if not prompt:
+        raise ValueError(f"{text.name}: is empty; write the prompt of {path.name} there")
+    return Row(path.name, (path,), prompt)
+
+
+# Data sets
+
+
+class Rows(Dataset):
+    """Checked rows of a folder. `load` gives uint8 pixels; indexing, the same item as floats in [-1, 1]."""
+
+    rows: list[Row]
+    read: Callable[[Row, torch.Generator], dict]  # each data set's own way from a row to an item
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prompt(self, row: Row) -> str:
+        """What the text encoder is given."""
+        return row.prompt
+
+    def __getitem__(self, index: int) -> dict:
+        return to_float(self.load(index, generator(index)))
+
+    def load(self, index: int, rng: torch.Generator) -> dict:
+        """The item at `index`, random choices drawn from `rng`; a ValueError starts with the row's origin."""
+        row = self.rows[index]
+        try:
+            return {**self.read(row, rng), "row": row.origin}
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{row.origin}: {error}") from error
+
+    def verify(self, limit: int) -> None:
+        """Decode up to `limit` rows, spread over the folder; one ValueError lists the bad ones among them."""
+        rows = range(0, len(self), -(-len(self) // limit)) if limit else ()
+        with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+            problems = [text for text in pool.map(self._problem, rows) if text]
+        if problems:
+            raise ValueError("files that cannot be used:\n  " + "\n  ".join(problems))
+
+    def _problem(self, index: int) -> str | None:
+        try:
+            self.load(index, generator(index))
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+class Pairs(Rows):
+    """Two views of one subject: {"ref" (3, H, W), "target" (3, H, W), "prompt", "row"}.
+
+    `jitter` (paper: crop jitter of each view, range unknown) enlarges each view by a factor drawn from
+    [1, 1 + jitter] and cuts it at a random place; 0 is the centre crop.
+    """
+
+    def __init__(
+        self, folder: str | Path, height: int, width: int, cls_token: str = "<cls> ", jitter: float = 0.0
+    ):
+        if jitter < 0:
+            raise ValueError(f"jitter {jitter}: use 0 or more")
+        self.rows = read_rows(folder, PAIR)
+        self.size, self.cls_token, self.jitter = (height, width), cls_token, jitter
+
+    def read(self, row: Row, rng: torch.Generator) -> dict:
+        ref, target = (self._view(path, rng) for path in row.files)
+        return {"ref": ref, "target": target, "prompt": self.prompt(row)}
+
+    def prompt(self, row: Row) -> str:
+        return self.cls_token + row.prompt
+
+    def _view(self, path: Path, rng: torch.Generator) -> torch.Tensor:
+        image = media.read_image(path)
+        if not self.jitter:
+            return media.resize(image, *self.size)
+        zoom, down, right = torch.rand(3, generator=rng).tolist()
+        return media.resize(image, *self.size, zoom=1 + self.jitter * zoom, at=(down, right))
+
+
+class Clips(Rows):
+    """A video and its caption: {"clip" (3, T, H, W), "prompt", "row"}; its first window or a random one."""
+
+    def __init__(
+        self, folder: str | Path, frames: int, fps: float, height: int, width: int, window: str = "first"
+    ):
+        if window not in ("first", "random"):
+            raise ValueError(f"window {window!r}: use 'first' or 'random'")
+        self.rows = read_rows(folder, CLIP)
+        self.frames, self.fps, self.size, self.random = frames, fps, (height, width), window == "random"
+
+    def read(self, row: Row, rng: torch.Generator) -> dict:
+        window = torch.rand((), generator=rng).item() if self.random else 0.0
+        clip = media.read_clip(row.files[0], self.frames, self.fps, *self.size, window=window)
+        return {"clip": clip, "prompt": self.prompt(row)}
+
+
+def to_float(item: dict) -> dict:
+    """Pixels travel between processes and devices as bytes, a quarter of the floats they become here."""
+
+    def convert(value: object) -> object:
+        pixels = isinstance(value, torch.Tensor) and value.dtype == torch.uint8
+        return media.from_uint8(value) if pixels else value
+
+    return {name: convert(value) for name, value in item.items()}

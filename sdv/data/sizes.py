@@ -1,0 +1,55 @@
+"""Sizes that a backbone can take, and the tokens that they become."""
+
+from typing import NamedTuple
+
+# What a model was trained at, and pixels, frames and latents that become one latent or token.
+SIZES = ("height", "width", "frames", "fps", "text", "spatial_ratio", "temporal_ratio", "patch")
+MODELS = {
+    "CogVideoX-5b": dict(zip(SIZES, (480, 720, 49, 8, 226, 8, 4, 2), strict=True)),
+    "Wan2.2-TI2V-5B": dict(zip(SIZES, (704, 1280, 121, 24, 512, 16, 4, 2), strict=True)),
+}
+
+
+class Tokens(NamedTuple):
+    """Sequence lengths of one sample."""
+
+    text: int
+    ref: int
+    video: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def check_size(
+    height: int, width: int, frames: int = 1, spatial_ratio: int = 8, temporal_ratio: int = 4, patch: int = 2
+) -> None:
+    """Raise ValueError unless the VAE and the patches divide the size, and frames = temporal_ratio k + 1."""
+    step = spatial_ratio * patch
+    for name, value in (("height", height), ("width", width)):
+        if value < step or value % step:
+            below = max(1, value // step) * step
+            raise ValueError(
+                f"{name} {value} is not a multiple of {step} (VAE {spatial_ratio} x patch {patch}): "
+                f"use {below} or {below + step}"
+            )
+    if frames < 1 or (frames - 1) % temporal_ratio:
+        below = max(0, (frames - 1) // temporal_ratio) * temporal_ratio + 1
+        above = below + temporal_ratio
+        raise ValueError(f"{frames} frames are not {temporal_ratio}k + 1: use {below} or {above}")
+
+
+def count_tokens(
+    height: int,
+    width: int,
+    frames: int = 1,
+    text: int = 226,
+    spatial_ratio: int = 8,
+    temporal_ratio: int = 4,
+    patch: int = 2,
+) -> Tokens:
+    """Tokens of one sample: text, one reference frame, and the latent frames of the video."""
+    check_size(height, width, frames, spatial_ratio, temporal_ratio, patch)
+    frame = (height // (spatial_ratio * patch)) * (width // (spatial_ratio * patch))
+    return Tokens(text, frame, frame * (1 + (frames - 1) // temporal_ratio))

@@ -1,0 +1,1 @@
+"""The networks: transformers, video autoencoders, text encoders."""

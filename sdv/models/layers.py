@@ -1,0 +1,70 @@
+"""What both backbones share: what stays float32, time, feed-forward, patches, the walk through the blocks."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def stays_float32(module: nn.Module, path: str) -> bool:
+    """Whether the parameter at this path is of those that the module's `in_float32` names."""
+    return not set(getattr(module, "in_float32", ())).isdisjoint(path.split("."))
+
+
+def sinusoid(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Diffusion time (...,) -> (..., dim): cosines, then sines, of frequencies 1 .. 1/10000."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angles = t.to(dtype)[..., None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid of t, then a two-layer MLP: (...,) -> (..., out_dim)."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.dim = dim
+        self.linear_1 = nn.Linear(dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = sinusoid(t, self.dim).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear on the last dimension."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def patchify(conv: nn.Module, video: Tensor) -> Tensor:
+    """Apply a strided 2-D convolution to every frame: (B, C, T, H, W) -> tokens (B, T * h * w, D)."""
+    frames = video.transpose(1, 2)  # (B, T, C, H, W)
+    tokens = conv(frames.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, D)
+    return tokens.unflatten(0, frames.shape[:2]).flatten(1, 2)  # (B, T * h * w, D)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor:
+    """Tokens (B, T * h * w, C * patch * patch) of a grid (T, h, w) -> (B, C, T, H, W)."""
+    x = tokens.unflatten(-1, (-1, patch, patch)).unflatten(1, grid)  # (B, T, h, w, C, p, p)
+    return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, C, T, h * p, w * p)
+
+
+def run_blocks(blocks: nn.ModuleList, recompute_every: int, x: Tensor, *conditions) -> Tensor:
+    """x through block(x, *conditions) of each; every n-th recomputes its activations in backward."""
+    for i, block in enumerate(blocks):
+        if recompute_every and i % recompute_every == 0 and torch.is_grad_enabled():
+            x = checkpoint(block, x, *conditions, use_reentrant=False)
+        else:
+            x = block(x, *conditions)
+    return x

@@ -1,0 +1,324 @@
+"""Wan 2.2's causal 3-D VAE: 4 x 16 x 16 pixels to one latent of 48 channels, a few frames at a time.
+
+The first frame stands alone: before it are zeros, and its latent is of it only. After it every latent is four
+frames. Norms look at one pixel, so where time is cut changes nothing. Every level has a shortcut around it
+without weights: averages on the way down, copies on the way up.
+
+Activations are time first and channels last, (T, B, H, W, C), and work in bands of rows as in cogvideox_vae.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdv.models.causal_conv import CausalConv, Stream, conv2d
+from sdv.models.cogvideox_vae import Downsample, Pointwise, Upsample, each_frame
+from sdv.models.video_vae import VideoVAE
+
+# Mean and deviation of each channel over the latents of Wan's training videos.
+MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Defaults are Wan 2.2. multipliers: widths of the levels, full size first; halve_time: after which."""
+
+    encoder_width: int = 160
+    decoder_width: int = 256
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    layers: int = 2
+    halve_time: tuple[bool, ...] = (False, True, True)
+    latent_channels: int = 48
+    patch: int = 2
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @property
+    def spatial_ratio(self) -> int:
+        return self.patch * 2 ** len(self.halve_time)
+
+    @property
+    def temporal_ratio(self) -> int:
+        return 2 ** sum(self.halve_time)
+
+
+class Norm(nn.Module):
+    """RMS norm of the channels of a pixel; gamma is stored as (C, 1, 1, 1), or (C, 1, 1) for images."""
+
+    def __init__(self, channels: int, images: bool = False):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * (2 if images else 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)
+
+    def activate(self, x: Tensor, *where: slice | int) -> Tensor:
+        """silu of x (T, B, H, W, C), normed, for (some frames and) rows low..high: for a CausalConv."""
+        *frames, low, high = where
+        return F.silu(self(x[frames[0] if frames else slice(None), :, low:high]))
+
+
+class ZeroStartConv(CausalConv):
+    """A causal convolution with zeros before the first frame of a clip."""
+
+    def forward(
+        self, x: Tensor, stream: Stream, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        if self not in stream.past:
+            stream.past[self] = x.new_zeros(2, *x.shape[1:])
+        return super().forward(x, stream, norm, residual)
+
+
+# -------------------------------------------------------------------------------------------- steps in time
+def taps(weight: Tensor, *frames: Tensor) -> Tensor:
+    """Three frames (T, B, H, W, C) each, and a filter (O, C, 3, 1, 1) -> (T, B, H, W, O), without bias."""
+    return sum(F.linear(x, w) for x, w in zip(frames, weight[..., 0, 0].unbind(2), strict=True))
+
+
+class HalveTime(nn.Conv3d):
+    """Two frames to one, from them and the frame before. The first frame of a clip passes as it is."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        before = stream.past.pop(self, None)  # (1, B, H, W, C)
+        if not stream.last:
+            stream.past[self] = x[-1:].clone()
+        if before is None:
+            return x
+        x = torch.cat([before, x])
+        return taps(self.weight, x[0:-2:2], x[1:-1:2], x[2::2]) + self.bias
+
+
+class DoubleTime(nn.Conv3d):
+    """One frame to two, from it and the two before. The first frame of a clip passes and is not looked at."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 2 * channels, (3, 1, 1))
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        before = stream.past.pop(self, None)  # (2, B, H, W, C)
+        window = x if before is None else torch.cat([before, x])
+        if not stream.last:
+            stream.past[self] = x.new_zeros(2, *x.shape[1:]) if before is None else window[-2:].clone()
+        if before is None:
+            return x
+        y = taps(self.weight, window[:-2], window[1:-1], window[2:]) + self.bias
+        return y.unflatten(-1, (2, -1)).movedim(-2, 1).flatten(0, 1)  # (2 T, B, H, W, C)
+
+
+# --------------------------------------------------------------------------------------------- shortcuts
+def average_down(x: Tensor, out_channels: int, time: int, space: int) -> Tensor:
+    """Cells of time x space x space pixels, all channels, averaged in groups: (T, B, H, W, C) -> (.., O).
+
+    A first frame that stands alone is averaged with a frame of zeros before it.
+    """
+    x = F.pad(x, (0, 0) * 4 + (-len(x) % time, 0))
+    x = x.unflatten(3, (-1, space)).unflatten(2, (-1, space)).unflatten(0, (-1, time))
+    x = x.permute(0, 2, 3, 5, 7, 1, 4, 6).flatten(4)  # (T', B, h, w, C * cell)
+    return x.unflatten(-1, (out_channels, -1)).mean(-1)
+
+
+def copy_up(x: Tensor, out_channels: int, time: int, space: int, first: bool) -> Tensor:
+    """Channels laid out over cells of time x space x space pixels, repeated as needed: the way back.
+
+    Of a first frame only the last of its copies in time stays.
+    """
+    x = x.repeat_interleave(out_channels * time * space**2 // x.shape[-1], dim=-1)
+    x = x.unflatten(-1, (out_channels, time, space, space))
+    x = x.permute(0, 5, 1, 2, 6, 3, 7, 4)
+    x = x.flatten(5, 6).flatten(3, 4).flatten(0, 1)  # (T', B, H, W, O)
+    return x[time - 1 :] if first else x
+
+
+# --------------------------------------------------------------------------------------------- the network
+class Block(nn.Module):
+    """Two normed convolutions and a residual."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = Norm(in_channels)
+        self.conv1 = ZeroStartConv(in_channels, out_channels)
+        self.norm2 = Norm(out_channels)
+        self.conv2 = ZeroStartConv(out_channels, out_channels)
+        self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        h = self.conv1(x, stream, self.norm1)  # (T, B, H, W, O)
+        return self.conv2(h, stream, self.norm2, residual=self.shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """One head of attention among the pixels of each frame."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = Norm(channels, images=True)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.norm(x).flatten(0, 1)  # (T * B, H, W, C)
+        qkv = conv2d(images, self.to_qkv.weight, self.to_qkv.bias)
+        q, k, v = qkv.flatten(1, 2)[:, None].chunk(3, dim=-1)  # (T * B, 1, H W, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].view_as(images)
+        return x + conv2d(y, self.proj.weight, self.proj.bias).unflatten(0, x.shape[:2])
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block1 = Block(channels, channels)
+        self.attention = FrameAttention(channels)
+        self.block2 = Block(channels, channels)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.block2(self.attention(self.block1(x, stream)), stream)
+
+
+class Down(nn.Module):
+    """Blocks, then half the size and perhaps half the frames, unless it is the last level."""
+
+    def __init__(self, widths: tuple[int, int], layers: int, halve_time: bool, last: bool):
+        super().__init__()
+        first, self.width = widths
+        self.cell = (1 + halve_time, 1 if last else 2)  # of time, of space
+        self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
+        self.resize = None if last else Downsample(self.width, halve_time=False)
+        self.time = HalveTime(self.width) if halve_time else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        shortcut = average_down(x, self.width, *self.cell)
+        for block in self.blocks:
+            x = block(x, stream)
+        x = x if self.resize is None else each_frame(self.resize.shrink, x, stream)
+        x = x if self.time is None else self.time(x, stream)
+        return x + shortcut  # (T', B, H', W', O)
+
+
+class Up(nn.Module):
+    """Blocks, then perhaps twice the frames and twice the size, unless it is the last level."""
+
+    def __init__(self, widths: tuple[int, int], layers: int, double_time: bool, last: bool):
+        super().__init__()
+        first, self.width = widths
+        self.cell = (1 + double_time, 2)
+        self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
+        self.time = DoubleTime(self.width) if double_time else None
+        self.resize = None if last else Upsample(self.width, double_time=False)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        start = x.clone() if self.resize else x  # a lean block overwrites its input
+        alone = self.time is not None and self.time not in stream.past  # the first frame of a clip
+        for block in self.blocks:
+            x = block(x, stream)
+        if self.resize is None:
+            return x
+        x = x if self.time is None else self.time(x, stream)
+        return each_frame(self.resize.enlarge, x, stream) + copy_up(start, self.width, *self.cell, alone)
+
+
+class Encoder(nn.Module):
+    """Frames (T, B, H, W, 3 patch^2) -> (T', B, h, w, 2 C): means, then log-variances."""
+
+    def __init__(self, cfg: WanVAEConfig):
+        super().__init__()
+        widths = [cfg.encoder_width * m for m in (1, *cfg.multipliers)]
+        self.conv_in = ZeroStartConv(3 * cfg.patch**2, widths[0])
+        steps = zip(pairwise(widths), (*cfg.halve_time, False), strict=True)
+        last = len(cfg.halve_time)
+        self.levels = nn.ModuleList(
+            Down(pair, cfg.layers, halve, i == last) for i, (pair, halve) in enumerate(steps)
+        )
+        self.middle = Middle(widths[-1])
+        self.norm_out = Norm(widths[-1])
+        self.conv_out = ZeroStartConv(widths[-1], 2 * cfg.latent_channels)
+        self.posterior = Pointwise(2 * cfg.latent_channels, 2 * cfg.latent_channels)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv_in(x, stream)  # (T, B, H, W, D)
+        for level in self.levels:
+            x = level(x, stream)
+        x = self.middle(x, stream)  # (T', B, h, w, D)
+        return self.posterior(self.conv_out(x, stream, self.norm_out))  # (T', B, h, w, 2 C)
+
+
+class Decoder(nn.Module):
+    """Latents (T', B, h, w, C) -> frames (T, B, H, W, 3 patch^2)."""
+
+    def __init__(self, cfg: WanVAEConfig):
+        super().__init__()
+        widths = [cfg.decoder_width * m for m in (cfg.multipliers[-1], *cfg.multipliers[::-1])]
+        self.latent_in = Pointwise(cfg.latent_channels, cfg.latent_channels)
+        self.conv_in = ZeroStartConv(cfg.latent_channels, widths[0])
+        self.middle = Middle(widths[0])
+        steps = zip(pairwise(widths), (*cfg.halve_time[::-1], False), strict=True)
+        last = len(cfg.halve_time)
+        self.levels = nn.ModuleList(
+            Up(pair, cfg.layers + 1, double, i == last) for i, (pair, double) in enumerate(steps)
+        )
+        self.norm_out = Norm(widths[-1])
+        self.conv_out = ZeroStartConv(widths[-1], 3 * cfg.patch**2)
+
+    def forward(self, z: Tensor, stream: Stream) -> Tensor:
+        x = self.middle(self.conv_in(self.latent_in(z), stream), stream)  # (T', B, h, w, D)
+        for level in self.levels:
+            x = level(x, stream)
+        return self.conv_out(x, stream, self.norm_out)  # (T, B, H, W, 3 patch^2)
+
+
+# ------------------------------------------------------------------------------------------------- the VAE
+class WanVAE(VideoVAE):
+    """Works on patches of pixels, one latent frame at a time; latents have a mean and a deviation each."""
+
+    def __init__(self, cfg: WanVAEConfig):
+        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
+        self.set_tiles(256, 256, 1 / 4, 1 / 4)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        centre, spread = self.statistics(latents.device)
+        return ((latents - centre) / spread).to(latents.dtype)
+
+    def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2)
+        both = self.in_tiles(self.encode_tile, cells, of=self.spatial_ratio // self.cfg.patch, to=1)
+        mean, logvar = both.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clamped to [-1, 1], as the original does."""
+        centre, spread = self.statistics(latents.device)
+        z = (latents * spread + centre).to(latents.dtype)
+        cells = self.in_tiles(self.decode_tile, z, of=1, to=self.spatial_ratio // self.cfg.patch)
+        return F.pixel_shuffle(cells.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2).clamp(-1, 1)
+
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels, (C, 1, 1, 1), in float32."""
+        mean, std = torch.tensor([self.cfg.mean, self.cfg.std], device=device)[..., None, None, None]
+        return mean, std
+
+    def encode_tile(self, cells: Tensor) -> Tensor:
+        return self.in_chunks(self.encoder, cells, self.temporal_ratio)
+
+    def decode_tile(self, z: Tensor) -> Tensor:
+        return self.in_chunks(self.decoder, z, 1)
+
+    def in_chunks(self, network: nn.Module, x: Tensor, size: int) -> Tensor:
+        """Send x (B, C, T, H, W) through a network: its first frame alone, then `size` frames at a time."""
+        cuts = list(pairwise([0, *range(1, x.shape[2], size), x.shape[2]]))
+        return torch.cat(list(self.chunks_through(network, x, cuts)), dim=2)

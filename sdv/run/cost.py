@@ -1,0 +1,230 @@
+"""A training step run on tensors that have a shape and no numbers: its bytes, and its FLOPs, counted.
+
+Every operation of the step is seen: the bytes it makes, until they are let go, and its multiplications and
+additions. For a GPU the Triton kernels are counted, on any machine. Nothing is fitted, and no formula repeats
+the model. Of real steps torch's CPU allocator and its FLOP counter say the same (tests/test_plan.py), to the
+byte and to the FLOP, but for 5 kB of generator state that torch keeps for every recomputed block.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from kernels.dispatch import use_triton
+from sdv.lora import adapt, lora_parameters
+from sdv.models.layers import stays_float32
+from sdv.run.base_storage import Storage, hold, nbytes
+
+Task = Literal["identity", "motion"]
+
+
+class Settings(Protocol):
+    """What memory and time depend on, of train.py's Config; a dataclass."""
+
+    frames: int
+    height: int
+    width: int
+    p_video: float
+    cache: str
+    rank: int
+    alpha: float
+    lora_dropout: float
+    targets: tuple[str, ...]
+    lora_tokens: str
+    steps: int
+    identity_batch: int
+    motion_batch: int
+    accumulate: int
+    device: str
+    dtype: str
+    checkpoint_every: int
+    shard: bool
+    frozen: Storage
+
+
+class Layout(Protocol):
+    """Of weights.layout.Layout; a part's `build` makes its module."""
+
+    parts: dict
+    spatial_ratio: int
+    temporal_ratio: int
+    channels: int
+    patch: int
+    text_tokens: int
+
+
+# ------------------------------------------------------------------------------------------------ counting
+# Products of a query-by-key matrix in fused attention, and the place of q and k among the arguments. Backward
+# makes the scores again; the Triton kernels do it twice (kernels/attention.py).
+FORWARD = 2
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (FORWARD, 0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (5, 1),
+    torch.ops.sdv.attention: (FORWARD, 0),
+    torch.ops.sdv.attention_backward: (7, 1),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Bytes alive, now and at most, of the tensors made while it is on, and FLOPs by (stage, kind)."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}  # bytes of each storage; 0 for those that were there before
+        self.now = self.peak = 0
+        self.stage, self.flops = "forward", Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.see((args, kwargs), new=False)
+        out = op(*args, **kwargs)
+        self.see(out, new=True)
+        self.add_flops(op.overloadpacket, args, kwargs, out)
+        return out
+
+    def see(self, tree: object, new: bool) -> None:
+        """Note the storages of all tensors in a tree, until they die; addresses are used again after that."""
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes() if new else 0
+                self.now += self.live[storage._cdata]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.let_go, storage._cdata)
+
+    def let_go(self, address: int) -> None:
+        self.now -= self.live.pop(address)
+
+    def add_flops(self, op, args: tuple, kwargs: dict, out: object) -> None:
+        products, first = ATTENTION.get(op, (0, 0))
+        # What backward runs with gradients on, or forward, is a checkpointed block that runs again.
+        again = self.stage == "backward" and (torch.is_grad_enabled() or products == FORWARD)
+        stage = "recompute" if again else self.stage
+        if products:
+            q, k = args[first : first + 2]
+            self.flops[stage, "attention"] += 2 * products * q.numel() * k.shape[2]
+        elif op in flop_registry:
+            self.flops[stage, "matrices"] += flop_registry[op](*args, **kwargs, out_val=out)
+
+
+class ClaimGPU(TorchFunctionMode):
+    """Tensors say that they are on a GPU, so that kernels.dispatch chooses what would run there."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return True if function == Tensor.is_cuda.__get__ else function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_numbers(device: str) -> Iterator[str]:
+    """In it, tensors on the device that it gives are shapes alone, and take the paths of those on `device`.
+
+    ValueError for a GPU without Triton: the meta device has no fused attention of torch's own.
+    """
+    if not device.startswith("cuda"):
+        with FakeTensorMode():
+            yield "cpu"
+        return
+    with ClaimGPU():
+        if not use_triton(torch.empty(0, device="meta")):
+            raise ValueError("--plan counts a GPU's Triton kernels: install triton and unset SDV_KERNELS")
+        yield "meta"
+
+
+# ----------------------------------------------------------------------------------------------- rehearsal
+class Count(NamedTuple):
+    """Of one micro-batch. kept: bytes that forward leaves for backward; peak: most bytes at any time."""
+
+    kept: int
+    peak: int
+    flops: Counter
+
+
+def load_nothing(module: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
+    """Give a meta module the parameters that weights.load_backbone would: dtype, but what must be fp32."""
+    for path, old in list(module.named_parameters()):
+        owner, _, leaf = path.rpartition(".")
+        wide = old.requires_grad or stays_float32(module, path)
+        new = torch.empty(old.shape, dtype=torch.float32 if wide else dtype, device=device)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+    return module
+
+
+def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str = "meta") -> nn.Module:
+    """The transformer with its LoRA, or its first blocks, as train.py makes it."""
+    with torch.device("meta"):
+        dit = layout.parts["dit"].build()
+    dit.blocks = dit.blocks[:layers]
+    for module in adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens).values():
+        module.dropout = cfg.lora_dropout
+    dit.checkpoint_every = cfg.checkpoint_every
+    load_nothing(dit, getattr(torch, cfg.dtype), device)
+    hold(dit, cfg.frozen, device)
+    return dit.train()
+
+
+def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
+    """Forward and backward of the first blocks, all of the reference visible, gradients there already."""
+    frames = 1 if task == "identity" else 1 + (cfg.frames - 1) // layout.temporal_ratio
+    sides = cfg.height // layout.spatial_ratio, cfg.width // layout.spatial_ratio
+    batch = getattr(cfg, f"{task}_batch")
+    with without_numbers(cfg.device) as device:
+        dit = build(cfg, layout, layers, device)
+        for parameter in lora_parameters(dit).values():
+            parameter.grad = torch.empty_like(parameter)
+        with Meter() as meter:
+            video = torch.empty(batch, layout.channels, frames, *sides, dtype=dit.dtype, device=device)
+            ref, target = video[:, :, :1].clone(), video.float()
+            text = video.new_empty(batch, layout.text_tokens, dit.cfg.text_dim)
+            pred = dit(video, torch.zeros(batch, dtype=torch.long, device=device), text, ref)
+            loss = (pred.float() - target).square().mean()
+            kept, meter.stage = meter.now, "backward"
+            # Given a tensor, backward would be a torch function, inside which no ClaimGPU is asked.
+            torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
+    return Count(kept, meter.peak, meter.flops)
+
+
+def count(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
+    """Of many blocks: what two depths need, continued. Exact, since later blocks repeat the earlier ones."""
+    period = max(1, cfg.checkpoint_every)
+    few = layers % period + max(2, period)  # the first block is not like the others: its input may be frozen
+    if few + period >= layers:
+        return rehearse(cfg, layout, task, layers)
+    a, b = (rehearse(cfg, layout, task, n) for n in (few, few + period))
+    times = (layers - few) // period
+    kept, peak = (x + times * (y - x) for x, y in zip(a[:2], b[:2], strict=True))
+    return Count(kept, peak, Counter({key: n + times * (b.flops[key] - n) for key, n in a.flops.items()}))
+
+
+class Encoders(NamedTuple):
+    """VAE and text encoder: bytes of their weights, most bytes of their work, FLOPs of one sample."""
+
+    held: int
+    work: int
+    flops: int
+
+
+def encoding(cfg: Settings, layout: Layout, task: Task) -> Encoders:
+    """Samples go through one by one. The VAE is counted as on a GPU; a CPU needs half of its FLOPs."""
+    dtype, frames = getattr(torch, cfg.dtype), 1 if task == "identity" else cfg.frames
+    with torch.device("meta"):
+        vae, text = (layout.parts[part].build().requires_grad_(False) for part in ("vae", "text"))
+    load_nothing(vae, dtype, "meta")
+    with torch.no_grad(), Meter() as eyes:
+        for length in (frames, 1):
+            vae.encode(torch.empty(1, 3, length, cfg.height, cfg.width, dtype=dtype, device="meta"))
+    with torch.no_grad(), FakeTensorMode():
+        load_nothing(text, dtype, "cpu")
+        with Meter() as ears:
+            text.encoder(torch.zeros(1, layout.text_tokens, dtype=torch.long))
+    flops = (eyes.flops + ears.flops).total()
+    return Encoders(nbytes(vae) + nbytes(text), max(eyes.peak, ears.peak), flops)

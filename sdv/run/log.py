@@ -1,0 +1,124 @@
+"""What a run says of itself while it trains: its loss where it is learned, its memory, and what it films."""
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdv.objectives import Losses
+from sdv.run.parallel import gather, ranks
+
+
+def quarters(each: Tensor, t: Tensor, train_steps: int) -> list[float | None]:
+    """Mean loss in each quarter of the noise range: the mean over all of it hides where it is learned."""
+    which = (t * 4 / train_steps).long().clamp(max=3)
+    return [each[which == q].mean().item() if (which == q).any() else None for q in range(4)]
+
+
+def summary(each: Tensor, t: Tensor, train_steps: int) -> dict:
+    """Mean of the losses (n,) at times t (n,), of all and by quarter."""
+    return {"loss": each.mean().item(), "quarters": quarters(each, t, train_steps)}
+
+
+def loss_row(losses: Sequence[Losses], train_steps: int) -> dict:
+    """Mean loss, all and by quarter, over the samples of all ranks."""
+    each, t = (gather(torch.cat(list(column))) for column in zip(*(x[1:] for x in losses), strict=True))
+    return summary(each, t, train_steps)
+
+
+def validate(held_out: Sequence[Callable[[], Losses]], train_steps: int) -> dict:
+    """A loss_row of fixed micro-batches. Ranks share them; spare ranks keep step, and count for nothing."""
+    rank, world = ranks()
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(held_out), world):
+            mine = held_out[min(first + rank, len(held_out) - 1)]()
+            each, t = (gather(x[None])[: len(held_out) - first].flatten() for x in mine[1:])
+            found.append((each, t))
+    return summary(*(torch.cat(column) for column in zip(*found, strict=True)), train_steps)
+
+
+def mean(values: list[float | None]) -> str:
+    values = [value for value in values if value is not None]
+    return f"{sum(values) / len(values):.4f}" if values else "-"
+
+
+def by_quarter(rows: list[dict]) -> str:
+    return " ".join(mean([row["quarters"][q] for row in rows]) for q in range(4))
+
+
+def log_line(rows: list[dict], steps: int) -> str:
+    """The newest row, then means over the last 100: of each task, and of this task by timestep quarter."""
+    now, recent = rows[-1], rows[-100:]
+    losses = {task: [r["loss"] for r in recent if r["task"] == task] for task in ("identity", "motion")}
+    own = [row for row in recent if row["task"] == now["task"]]
+    means = " ".join(f"{task} {mean(values)}" for task, values in losses.items())
+    cost = f"grad {now['grad_norm']:.3f} | {now['seconds']:.2f} s | {now['memory_gb']:.1f} GB"
+    return (
+        f"step {now['step'] + 1:>5}/{steps} {now['task']:<8} loss {now['loss']:.4f} | mean {means} "
+        f"| by t {by_quarter(own)} | {cost}"
+    )
+
+
+def peak_memory(device: str) -> float:
+    """GB: of the GPU's allocator, or of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class RunLog:
+    """Rows of numbers into JSONL files of a folder and, if asked, into TensorBoard. Rank 0 alone writes."""
+
+    def __init__(self, folder: Path, tensorboard: bool):
+        self.folder, self.writes, self.board = folder, ranks()[0] == 0, None
+        if tensorboard and self.writes:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError("--tensorboard: pip install -e '.[tensorboard]' first") from error
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, name: str, row: dict) -> None:
+        """Append a row with a "step" to NAME.jsonl."""
+        if not self.writes:
+            return
+        with open(self.folder / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            place = "/".join([name, *([row["task"]] if "task" in row else [])])
+            for field, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{place}/{field}", value, row["step"])
+
+
+class Shot(NamedTuple):
+    """A video to film while training."""
+
+    prompt: str
+    ref: Path | None  # picture of the subject
+    seed: int
+
+
+def read_shots(manifest: str | Path) -> list[Shot]:
+    """Lines {"prompt", "reference_file_name", "seed"} of a JSONL file; the last two may be missing."""
+    manifest, shots = Path(manifest), []
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest}: no such file; write one object with a prompt a line")
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            name = row.get("reference_file_name")
+            shots.append(Shot(str(row["prompt"]), name and manifest.parent / name, int(row.get("seed", 0))))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
+                f'and "seed" ({error!r})'
+            ) from error
+    return shots

@@ -1,0 +1,171 @@
+"""What a training step will need, before anything is loaded: memory by cause, FLOPs, seconds, and what helps.
+
+All of it is counted (rehearsal.py) or a count of parameters, but for two things: seconds are FLOPs over the
+measured speed of this machine's matrix product, and what --shard gathers is taken from FSDP2's documentation.
+
+Beside benchmarks/dit.csv, a step of two blocks of CogVideoX-5B on two threads of a CPU. Seconds predicted and
+measured: 6.8 and 6.5 in fp32 (4 % too many), 3.0 and 3.1 in bf16 (2 % too few), if two threads are twice as
+fast as one. GB in fp32: 0.70 and 1.11. The latter is how much a process grew, and torch's allocator held 0.70
+of it; the matrix library and the heap have the rest. Nothing was measured on a GPU.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from sdv.lora import lora_parameters
+from sdv.run.base_storage import nbytes
+from sdv.run.cost import Encoders, Layout, Settings, Task, build, count, encoding
+
+# A step's share of the speed of a large matrix product, on one thread of a CPU (AMD EPYC, AVX-512): one block
+# of CogVideoX-5B with its LoRA, 466 tokens. 0.76 to 0.87 of 87 GFLOP/s in fp32, 0.83 to 0.85 of 197 in bf16.
+EFFICIENCY = 0.83
+ROWS = 4096  # of that product
+TORCHRUN = 8  # processes that --shard is shown for where there is one
+STAGES = ("encoding", "forward", "recompute", "backward")
+
+
+class Prediction(NamedTuple):
+    """Of one task: bytes that are there together, by cause; most of all at once; FLOPs of a micro-batch."""
+
+    memory: dict[str, float]
+    peak: float
+    flops: Counter
+
+
+def predict(
+    cfg: Settings, layout: Layout, task: Task, world: int, encoders: Encoders | None = None
+) -> Prediction:
+    """One of `world` processes, without encoders if they have left the memory.
+
+    Not in it: the process itself, a GPU's context, samples, probes, and the gradients that --pcgrad keeps.
+    """
+    dit = build(cfg, layout)
+    step = count(cfg, layout, task, len(dit.blocks))
+    lora = sum(p.nbytes for p in lora_parameters(dit).values())
+    share = world if cfg.shard else 1
+    held = {"frozen transformer": (nbytes(dit) - lora) / share}
+    held["LoRA, gradients, AdamW"] = 4 * lora / share  # which has two moments
+    if cfg.shard:  # whole at a time: what is in no block, the block at work, and the next
+        blocks = nbytes(dit.blocks)
+        held["gathered from others"] = nbytes(dit) - blocks + 2 * blocks / len(dit.blocks)
+    if encoders:
+        held["VAE and text encoder"] = encoders.held
+        step.flops["encoding", ""] = encoders.flops * getattr(cfg, f"{task}_batch")
+    work = {"kept for backward": step.kept, "work on one block": step.peak - step.kept}
+    # Before forward they encode; after backward AdamW takes, on a GPU, all square roots at once.
+    other = {"or, encoding": encoders.work if encoders else 0}
+    other["or, AdamW's step"] = lora / share if cfg.device.startswith("cuda") else 0
+    peak = sum(held.values()) + max(sum(work.values()), *other.values())
+    return Prediction(held | work | other, peak, step.flops)
+
+
+def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
+    """(what to change, settings then, processes then), first of all nothing."""
+    changes = [{"checkpoint_every": n} for n in (1, 2, 0) if n != cfg.checkpoint_every]
+    batch = {"identity_batch": cfg.identity_batch, "motion_batch": cfg.motion_batch}
+    if halves := {field: n // 2 for field, n in batch.items() if n > 1}:
+        changes.append(halves | {"accumulate": 2 * cfg.accumulate})
+    changes += [{"cache": "FOLDER"}] * (not cfg.cache) + [{"rank": cfg.rank // 2}] * (cfg.rank > 1)
+    changes += [{"shard": True}] * (not cfg.shard)
+    changes += [{"frozen": way} for way in ("fp8", "cpu") if cfg.frozen == "device" and not cfg.shard]
+    found = [("as asked", cfg, world)]
+    for change in changes:
+        name = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in change.items())
+        processes = TORCHRUN if "shard" in change and world == 1 else world
+        if "shard" in change:
+            name = f"--shard, {processes} processes"
+        if "accumulate" in change and len(halves) == 1:  # a single clip cannot be halved
+            name += ", twice the clips" if cfg.motion_batch == 1 else ", twice the pairs"
+        found.append((name, dataclasses.replace(cfg, **change), processes))
+    return found
+
+
+def speed(device: str, dtype: torch.dtype, width: int) -> float | None:
+    """FLOP/s of a product of (4096, D) and (D, D), over a second; None for a GPU that is not here."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return None
+    x, w = (torch.randn(rows, width, device=device, dtype=dtype) for rows in (ROWS, width))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    x @ w
+    wait()
+    start, times = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < 1:
+        x @ w
+        wait()
+        times += 1
+    return 2 * ROWS * width**2 * times / spent
+
+
+def lora_flops(cfg: Settings, layout: Layout, task: Task, flops: Counter) -> float:
+    """What a LoRA of twice the rank adds: its FLOPs are proportional to the rank, the others free of it."""
+    layers = len(build(cfg, layout).blocks)
+    twice = count(dataclasses.replace(cfg, rank=2 * cfg.rank), layout, task, layers).flops.total()
+    return twice - flops.total() + flops["encoding", ""]
+
+
+def row(name: str, values: list[float], unit: str = "") -> str:
+    return f"  {name:<52}" + "".join(f"{value:12,.4g}" for value in values) + f"  {unit}".rstrip()
+
+
+def table(cfg: Settings, layout: Layout, now: dict[Task, Prediction]) -> list[str]:
+    """Memory in GB and FLOPs of a micro-batch by cause, a column for each task."""
+    memory, flops = ([one[i] for one in now.values()] for i in (0, 2))
+    lines = [row(cause, [each[cause] / 1e9 for each in memory], "GB") for cause in memory[0]]
+    lines += [row("peak", [one.peak / 1e9 for one in now.values()], "GB"), ""]
+    for key in sorted({key for each in flops for key in each}, key=lambda key: (STAGES.index(key[0]), key)):
+        lines.append(row(", ".join(filter(None, key)), [each[key] / 1e12 for each in flops], "TFLOP"))
+    lora = [lora_flops(cfg, layout, task, one.flops) for task, one in now.items()]
+    lines.append(row("all of it", [each.total() / 1e12 for each in flops], "TFLOP"))
+    return [*lines, row("in it, LoRA", [n / 1e12 for n in lora], "TFLOP")]
+
+
+def timing(cfg: Settings, layout: Layout, now: dict[Task, Prediction]) -> list[str]:
+    """Seconds of a step, and hours of the run, if what it will run on is here."""
+    rate = speed(cfg.device, getattr(torch, cfg.dtype), build(cfg, layout).cfg.dim)
+    if rate is None:
+        return ["time: there is no GPU here to measure"]
+    name = "this CPU as it is now"
+    if cfg.device.startswith("cuda"):
+        name = f"{torch.cuda.get_device_name(cfg.device)}, a share that only a CPU has confirmed"
+    seconds = [cfg.accumulate * one.flops.total() / rate / EFFICIENCY for one in now.values()]
+    hours = cfg.steps * step_flops(cfg, now) / rate / EFFICIENCY / 3600
+    return [
+        row(f"a step, {cfg.accumulate} micro-batches", seconds, "s"),
+        f"  {cfg.steps} steps: {hours:,.1f} hours, without waiting for data or for other processes",
+        f"  at {EFFICIENCY} of the {rate / 1e12:.3g} TFLOP/s of a matrix product on {name}",
+    ]
+
+
+def step_flops(cfg: Settings, found: dict[Task, Prediction]) -> float:
+    """Of a step of one process, the mean over the tasks as they are drawn."""
+    odds = {"identity": 1 - cfg.p_video, "motion": cfg.p_video}
+    return cfg.accumulate * sum(odds[task] * one.flops.total() for task, one in found.items())
+
+
+def report(cfg: Settings, layout: Layout, world: int) -> str:
+    """The plan, for people."""
+    tasks = [task for task, p in (("identity", 1 - cfg.p_video), ("motion", cfg.p_video)) if p > 0]
+    encoders = {task: None if cfg.cache else encoding(cfg, layout, task) for task in tasks}
+    found = {}
+    for name, then, n in levers(cfg, world):
+        needs = {t: predict(then, layout, t, n, None if then.cache else encoders[t]) for t in tasks}
+        found[name] = needs, step_flops(then, needs)
+    now, flops = found["as asked"]
+    here = cfg.device.startswith("cuda") and torch.cuda.is_available()
+    room = torch.cuda.get_device_properties(cfg.device).total_memory if here else None
+
+    heads = "".join(f"{task:>12}" for task in tasks)
+    size = f"{cfg.frames} x {cfg.height} x {cfg.width}, rank {cfg.rank}, {cfg.dtype}"
+    lines = [f"{size}: one of {world} processes, on {cfg.device}", f"{'a micro-batch':<54}{heads}"]
+    lines += [*table(cfg, layout, now), *timing(cfg, layout, now), ""]
+    lines.append(f"{'peak memory, step time':<54}{heads}")
+    for name, (needs, then) in found.items():
+        peaks, remark = [one.peak for one in needs.values()], f"GB, time x {then / flops:.2f}"
+        if room:
+            remark += f", {'fits' if max(peaks) < room else 'does not fit'} {room / 1e9:.0f} GB"
+        lines.append(row(name, [peak / 1e9 for peak in peaks], remark))
+    return "\n".join(lines)

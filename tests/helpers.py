@@ -1,0 +1,191 @@
+"""What several test files share: one measure of error, tiny models, the scripts' command lines."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import weights.cogvideox
+from sdv.diagnostics import probe
+from sdv.lora import add_lora, lora_parameters
+from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.text import Tokenizer
+from weights.tensors import load_into, read_json
+from weights.vocabulary import read_pieces
+
+ROOT = Path(__file__).parent.parent
+MEDIA = ROOT / "tests" / "media"
+SIZE = {"--height": 64, "--width": 96, "--frames": 9}
+RUN = {
+    "--pairs": MEDIA / "pairs", "--clips": MEDIA / "clips", **SIZE, "--rank": 8, "--alpha": 8,
+    "--accumulate": 1, "--identity-batch": 2, "--motion-batch": 1, "--p-video": 0.5, "--lr": 0.01,
+    "--warmup": 1, "--workers": 0,
+}  # fmt: skip
+# AdamW divides a gradient by its own size, and so the rounding errors of a tiny one; a large eps does not.
+CALM = {"--eps": 1e-3, "--lr": 0.05}
+TINY_DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 32,
+    "text_embed_dim": 24,
+    "num_layers": 2,
+    "sample_width": 12,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "max_text_seq_length": 7,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# Oracles
+
+
+def tokenizer(file: str | Path, *options, unk: int = 2, **more) -> Tokenizer:
+    return Tokenizer(read_pieces(file, unk), *options, **more)
+
+
+def load_dit(folder) -> CogVideoXDiT:
+    with torch.device("meta"):
+        dit = CogVideoXDiT(weights.cogvideox.dit_config(read_json(folder / "config.json")))
+    load_into(dit, weights.cogvideox.DIT_NAMES, folder, "cpu", torch.float32)
+    return dit.eval()
+
+
+def stock_rope(stock, frames: int, height: int, width: int):
+    """The rotary table that diffusers' pipeline makes for a latent size."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    p = stock.config.patch_size
+    grid = height // p, width // p
+    crop = get_resize_crop_region_for_grid(
+        grid, stock.config.sample_width // p, stock.config.sample_height // p
+    )
+    return get_3d_rotary_pos_embed(stock.config.attention_head_dim, crop, grid, frames)
+
+
+def stock_predict(stock, video, t, text, ref=None):
+    """Stock diffusers on one more, clean frame before the video, whose output is thrown away."""
+    frames = video if ref is None else torch.cat([ref, video], dim=2)
+    pred = stock(
+        frames.transpose(1, 2),
+        text,
+        t,
+        image_rotary_emb=stock_rope(stock, *frames.shape[2:]),
+        return_dict=False,
+    )[0]
+    return pred.transpose(1, 2)[:, :, frames.shape[2] - video.shape[2] :]
+
+
+def random_inputs(batch=2, frames=3, height=8, width=12, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    video = torch.randn(batch, 4, frames, height, width, generator=rng)
+    ref = torch.randn(batch, 4, 1, height, width, generator=rng)
+    text = torch.randn(batch, 7, 24, generator=rng)
+    return video, torch.randint(1000, (batch,), generator=rng), text, ref
+
+
+# The scripts
+
+
+def argv(options: dict) -> list[str]:
+    return [str(word) for flag, value in options.items() for word in (flag, value) if word != ""]
+
+
+def run(monkeypatch, script, options: dict) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *argv(options)])
+    script.main()
+
+
+def state(out: Path, step: int) -> tuple[dict, dict]:
+    folder = out / f"step-{step:06d}"
+    training = torch.load(folder / "training.pt", weights_only=True)
+    moments = {f"{i}.{k}": v for i, entry in training["optimizer"]["state"].items() for k, v in entry.items()}
+    return load_file(folder / "adapter.safetensors") | moments, training["samples"]
+
+
+def assert_same(a: Path, b: Path, step: int) -> None:
+    (tensors, taken), (other, other_taken) = state(a, step), state(b, step)
+    assert taken == other_taken
+    assert tensors.keys() == other.keys()
+    assert all(torch.equal(tensors[name], other[name]) for name in tensors)
+
+
+def losses(out: Path) -> list[tuple]:
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["task"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def assert_close(a, b, step):
+    ours, theirs = (load_file(out / f"step-{step:06d}" / "adapter.safetensors") for out in (a, b))
+    for half in ("lora_A", "lora_B"):
+        mine, its = (torch.cat([t.flatten() for n, t in x.items() if half in n]) for x in (ours, theirs))
+        assert (mine - its).norm() <= 1e-6 * its.norm()
+
+
+# Pictures
+
+
+GRID = np.array(
+    [[[250, 10, 10], [10, 250, 10], [10, 10, 250]], [[250, 250, 10], [10, 10, 10], [250, 250, 250]]], np.uint8
+)  # six colours, no symmetry
+
+
+def blocks(cell: int = 16) -> np.ndarray:
+    """(2 cell, 3 cell, 3) picture that looks different in each of the eight orientations."""
+    return GRID.repeat(cell, 0).repeat(cell, 1)
+
+
+def chw(image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().mean().item()
+
+
+# A model for gradients
+
+
+class Toy(nn.Module):
+    """Linear maps where a transformer has them, and a convolution."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.patch_in = nn.Conv2d(3, width, 2, stride=2)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(width, width), "down": nn.Linear(width, 2 * width)})
+            for _ in range(2)
+        )
+
+
+def toy(rank: int = 4, zero_b: bool = False) -> Toy:
+    torch.manual_seed(0)
+    model = Toy()
+    add_lora(model, rank, rank, ("patch_in", "q", "down"))
+    for name, parameter in lora_parameters(model).items():
+        if not (zero_b and name.endswith("B")):
+            nn.init.normal_(parameter)
+    return model
+
+
+def pull(params: dict, grads: dict) -> torch.Tensor:
+    """A linear loss whose gradient is `grads`."""
+    return sum((params[name] * grads[name]).sum() for name in grads)
+
+
+def probe_of(model: nn.Module, wanted: list[dict]) -> dict:
+    params = lora_parameters(model)
+    return probe(model, [partial(pull, params, grads) for grads in wanted])
