@@ -26,6 +26,15 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or a name made of those of the files in a folder."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        return digest(*((file.name, content_hash(file)) for file in files))
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Hashes:
     """SHA-256 of files, remembered in a file of its own as long as their size and time of change stay.
 
@@ -43,8 +52,7 @@ class Hashes:
         stat = path.stat()
         key, state = os.path.relpath(path, self.memory.parent), [stat.st_size, stat.st_mtime_ns]
         if self.known.get(key, [])[:2] != state:
-            with open(path, "rb") as file:
-                self.known[key] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+            self.known[key] = [*state, content_hash(path)]
         return self.known[key][2]
 
     def learn(self, paths: Iterable[Path]) -> None:

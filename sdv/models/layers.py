@@ -60,6 +60,20 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor
     return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, C, T, h * p, w * p)
 
 
+def visible_tokens(
+    x: Tensor, rope: tuple[Tensor, Tensor], ref_tokens: int, keep: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Image-token dropout: of tokens x (B, L, D), reference first, and their rotary rows, what is seen.
+
+    keep (n,): which of the reference's tokens remain, all if None. They are gathered, not masked: what is
+    dropped costs nothing, and nobody else moves.
+    """
+    if keep is None:
+        return x, rope
+    kept = torch.cat([keep.to(x.device), torch.arange(ref_tokens, x.shape[1], device=x.device)])
+    return x[:, kept], (rope[0][kept], rope[1][kept])
+
+
 def run_blocks(blocks: nn.ModuleList, recompute_every: int, x: Tensor, *conditions) -> Tensor:
     """x through block(x, *conditions) of each; every n-th recomputes its activations in backward."""
     for i, block in enumerate(blocks):

@@ -43,21 +43,26 @@ def newest_whole(out: Path, log: Callable[[str], None]) -> tuple[Path, dict]:
     raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
 
 
-def begin(out: Path, settings: dict) -> None:
-    """Make the folder of a new run. FileExistsError if it holds one."""
-    if saves(out):
+def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
+    """Make the folder of a new run, or note that one goes on. FileExistsError if it holds a run."""
+    if saves(out) and not resume:
         raise FileExistsError(f"{out}: holds a run, {saves(out)[-1].name}; give --resume or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").write_text("")
-    (out / "probes.jsonl").unlink(missing_ok=True)
-    (out / "config.json").write_text(json.dumps(settings, indent=2))
+    parts = json.loads((out / "config.json").read_text()).get("parts", []) if resume else []
+    if not resume:
+        (out / "metrics.jsonl").write_text("")
+        for name in ("probes", "validation"):
+            (out / f"{name}.jsonl").unlink(missing_ok=True)
+    text = json.dumps(settings | {"parts": [*parts, provenance]}, indent=2)
+    write_whole(out / "config.json", lambda path: path.write_text(text))
 
 
-def require_same(out: Path, settings: dict) -> None:
-    """ValueError if a run that is to be resumed had other settings."""
+def require_same(out: Path, settings: dict, renamed: dict[str, str]) -> None:
+    """ValueError if a run that is to be resumed had other settings. renamed: {old name: new name}."""
     if not saves(out):
         raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(settings))
+    before |= {new: before[old] for old, new in renamed.items() if old in before}
     changed = [f"{n} was {before.get(n)!r}, is {v!r}" for n, v in now.items() if before.get(n) != v]
     if changed:
         raise ValueError(f"{out}: a resumed run keeps its settings; changed: {'; '.join(changed)}")
