@@ -437,12 +437,12 @@ def train(
 def main() -> None:
     cfg = settings.parse(Config, __doc__, renamed=RENAMED)
     refuse_conflicts(cfg)
+    if not cfg.plan:  # which counts for a GPU on any machine
+        settings.check_device(cfg.device)
 
     # 1. What is asked for, checked before anything slow: sizes, every row of the data, the adapter.
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_model_defaults(cfg, layout)
-    if not cfg.plan:
-        settings.check_device(cfg.device)
     rank, world, device = parallel.start(cfg.device)
     cfg = dataclasses.replace(cfg, device=device)
     say = print if rank == 0 else lambda *words: None
