@@ -1,4 +1,4 @@
-"""Settings: ranges, conflicts, old names, help; each refusal is one line with the flag before anything is opened."""
+"""Settings: ranges, conflicts, old names, help. A refusal is one line with the flag, before files are opened."""
 
 import subprocess
 import sys
@@ -97,19 +97,15 @@ def test_a_manifest_is_filmed_in_one_load_and_goes_on_where_it_was_stopped(monke
     for name, source in (("a.jpg", "lawn.jpg"), ("b.jpg", "roots.jpg")):
         (tmp_path / name).write_bytes((MEDIA / "pairs" / source).read_bytes())
     (tmp_path / "m.jsonl").write_text("\ufeff" + "\r\n\n".join(rows), encoding="utf-8")
-    options = {
-        "--backbone": tiny,
-        **SIZE,
-        "--steps": 1,
-        "--manifest": tmp_path / "m.jsonl",
-        "--out": tmp_path,
-    }
+    options = {"--backbone": tiny, **SIZE, "--steps": 1, "--out": tmp_path}
+    options |= {"--manifest": tmp_path / "m.jsonl"}
     load, loaded = sample.weights.load_backbone, []
-    monkeypatch.setattr(
-        sample.weights,
-        "load_backbone",
-        lambda *args, **how: (loaded.append(how["parts"]), load(*args, **how))[1],
-    )
+
+    def counted(*args, **how):
+        loaded.append(how["parts"])
+        return load(*args, **how)
+
+    monkeypatch.setattr(sample.weights, "load_backbone", counted)
     run(monkeypatch, sample, options)
     films = sorted(tmp_path.glob("*.mp4"))
     assert len(films) == 3 and loaded == [("text",), ("dit", "vae")]
