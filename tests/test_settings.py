@@ -1,4 +1,4 @@
-"""Settings: ranges, conflicts, old names, help. A refusal is one line with the flag, before files are opened."""
+"""Settings: ranges, conflicts, old names, help. A refusal is one line with the flag, before any file is read."""
 
 import subprocess
 import sys
