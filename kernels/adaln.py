@@ -143,8 +143,9 @@ def _forward_kernel(x, xS, y, yS, gate, gateS, scale, scaleS, shift, shiftS, wei
 
 @triton.jit
 def _backward_kernel(dh, dhS, dout, doutS, h, hS, y, yS, gate, gateS, scale, scaleS, weight, stats, dx, dy,
-                     sums, gate_sums, plan, L, D, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """sums (B, programs, 2, D) take the partial A and C, gate_sums (B, programs, D) the partial d(gate)."""
+                     sums, plan, L, D, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
+    """sums (B, programs, SUMS, D) take partial sums: of A and C, of d(gate), of all three, or of none."""
     p, b, d = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     segment, first, end = tl.load(plan + p * 3), tl.load(plan + p * 3 + 1), tl.load(plan + p * 3 + 2)
     a_sum = tl.zeros([BLOCK], tl.float32)
@@ -168,20 +169,20 @@ def _backward_kernel(dh, dhS, dout, doutS, h, hS, y, yS, gate, gateS, scale, sca
             w_sum, wn_sum = tl.split(tl.sum(tl.join(w, w * n), 0))  # one exchange between warps, not two
             total += (w - w_sum / D - n * (wn_sum / D)) * rstd
             _put(dx, token, d, D, total)
-            if sums is not None:
+            if SUMS >= 2:
                 a_sum += grad * n
                 c_sum += grad
         if gate is not None:
             _put(dy, token, d, D, gate_row * total)
-            if gate_sums is not None:
+            if SUMS % 2 == 1:
                 gate_sum += total * _row(y, yS, b, i, d, D)
 
-    slot = tl.cast(b, tl.int64) * tl.num_programs(0) + p
-    if sums is not None:
-        _put(sums, slot * 2, d, D, a_sum)
-        _put(sums, slot * 2 + 1, d, D, c_sum)
-    if gate_sums is not None:
-        _put(gate_sums, slot, d, D, gate_sum)
+    slot = (tl.cast(b, tl.int64) * tl.num_programs(0) + p) * SUMS
+    if SUMS >= 2:
+        _put(sums, slot, d, D, a_sum)
+        _put(sums, slot + 1, d, D, c_sum)
+    if SUMS % 2 == 1:
+        _put(sums, slot + SUMS - 1, d, D, gate_sum)
 
 
 # ---- from torch to the kernels and back ------------------------------------------------------------------
@@ -225,9 +226,9 @@ def _strided(*tensors: Tensor | None) -> Iterator:
         yield (0, 0) if x is None else x.stride()[:2]
 
 
-def _launch(kernel, x: Tensor, plan: Plan, *arguments):
+def _launch(kernel, x: Tensor, plan: Plan, *arguments, **meta):
     B, L, D = x.shape
-    launch(kernel, (len(plan.programs), B), *arguments, plan.programs, L, D, **plan.meta)
+    launch(kernel, (len(plan.programs), B), *arguments, plan.programs, L, D, **meta, **plan.meta)
 
 
 def _forward(
@@ -249,37 +250,30 @@ def _outputs(x, y, gate, scale, shift, weight, bias, eps, segments) -> tuple[Ten
 
 def _backward(
     dh: Tensor | None, dout: Tensor | None, h: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, weight: Tensor | None, stats: Tensor, segments: Sequence[int] | None,
-    sums_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d(h) with a dout, d(y) with a gate, (A, C) if sums_wanted, d(gate) with a y; else empty."""
+    scale: Tensor | None, weight: Tensor | None, stats: Tensor, segments: Sequence[int] | None, learns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d(h) with a dout, d(y) with a gate, A and C if the norm learns and d(gate) with a y); else empty."""
     g = dh if dout is None else dout
     plan = _planned(g, scale if gate is None else gate, segments, "backward")
-    dx, dy, sums, gate_sums = _gradients(g, len(plan.programs), dout, gate, sums_wanted, y)
-    wanted = sums if sums_wanted else None, None if y is None else gate_sums
-    tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight)
-    _launch(_backward_kernel, g, plan, *tensors, stats, dx, dy, *wanted)
-    return dx, dy, _add_up(sums, plan.counts), _add_up(gate_sums, plan.counts)
+    dx, dy, sums = _gradients(g, len(plan.programs), dout, gate, learns, y)
+    tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight), stats, dx, dy
+    n = 2 * learns + (y is not None)
+    _launch(_backward_kernel, g, plan, *tensors, sums if n else None, SUMS=n)
+    if n and max(plan.counts) > 1:  # in the order of the programs
+        sums = torch.stack([part.sum(1) for part in sums.split(plan.counts, 1)], 1)
+    return dx, dy, sums
 
 
-def _gradients(g: Tensor, n: int, dout, gate, sums_wanted: bool, y) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of backward, with n sums; yet to be filled."""
+def _gradients(g: Tensor, n: int, dout, gate, learns: bool, y) -> tuple[Tensor, Tensor, Tensor]:
+    """What backward returns, yet to be filled, for n segments or programs."""
     B, _, D = g.shape
     dx, dy = (g.new_empty(0 if cause is None else g.shape) for cause in (dout, gate))
-    sums = g.new_empty((B, n, 2, D) if sums_wanted else 0, dtype=torch.float32)
-    return dx, dy, sums, g.new_empty(0 if y is None else (B, n, D), dtype=torch.float32)
+    return dx, dy, g.new_empty((B, n, 2 * learns + (y is not None), D), dtype=torch.float32)
 
 
-def _fake_backward(dh, dout, h, y, gate, scale, weight, stats, segments, sums_wanted):
+def _fake_backward(dh, dout, h, y, gate, scale, weight, stats, segments, learns):
     segments = (scale if gate is None else gate).shape[1]
-    return _gradients(dh if dout is None else dout, segments, dout, gate, sums_wanted, y)
-
-
-def _add_up(sums: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(B, programs, ..) -> (B, S, ..), in the order of the programs."""
-    if not sums.numel() or max(counts) == 1:
-        return sums
-    return torch.stack([part.sum(1) for part in sums.split(counts, 1)], 1)
+    return _gradients(dh if dout is None else dout, segments, dout, gate, learns, y)
 
 
 def _save(ctx, inputs, output):
@@ -301,15 +295,16 @@ def _grads(ctx, dh, dout, _dstats):
     if dh is None and dout is None:
         return (None,) * 9
     learns = dout is not None and any(ctx.needs_input_grad[3:7])
-    dx, dy, sums, dgate = _adaln_backward(dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns)
-    dx, dy, dgate = dh if dout is None else dx, None if gate is None else dy, None if y is None else dgate
-    if not sums.numel():
+    dx, dy, sums = _adaln_backward(dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns)
+    dx, dy, sums = dh if dout is None else dx, None if gate is None else dy, sums.unbind(2)
+    dgate = None if y is None else sums[-1]
+    if not learns:
         return dx, dy, dgate, *(None,) * 6
-    a, c = sums.unbind(2)
+    a, c = sums[:2]
     dscale = a if weight is None else weight * a
     dscale = dscale if bias is None else dscale + bias * c
-    dweight = None if weight is None else ((1 + scale.float()) * a).sum((0, 1))
-    dbias = None if bias is None else ((1 + scale.float()) * c).sum((0, 1))
+    factor = 1 + scale.float()
+    dweight, dbias = (None if p is None else (factor * s).sum((0, 1)) for p, s in ((weight, a), (bias, c)))
     return dx, dy, dgate, dscale, c, dweight, dbias, None, None
 
 

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dispatch import (
     INTERPRET,
@@ -54,11 +55,21 @@ WIDTHS = (16, 32, 64, 128)
 EXACT = tl.constexpr("ieee")  # fp32 inputs are multiplied as fp32, not rounded to TF32
 LN2 = tl.constexpr(math.log(2))
 LOG2E = math.log2(math.e)
+# On an H100 cuDNN took 0.58 to 0.79 of flash's time, 2026-11 (benchmarks/kernels/h100-2026-11-26).
+FASTEST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula, in torch's own fused form."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    """The formula, in torch's own fused form; on Hopper cuDNN's where it can (FASTEST), elsewhere torch picks."""
+    if not q.is_cuda or arch(q) != 90:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    with sdpa_kernel(FASTEST, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------
@@ -283,14 +294,18 @@ def _launch(kernel, tile: Tile, by_query: tuple, by_key: tuple, rows: tuple, sca
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(o, log2 of each row's sum of exponentials)"""
+    return _portable(*map(_aligned, (q, k, v)), scale)
+
+
+def _portable(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     o, lse = _outputs(q, k, v, scale)
-    q, k, v = map(_aligned, (q, k, v))
     _launch(_forward_kernel, _tiles(q).forward, (q, o), (k, v), (lse,), scale)
     return o, lse
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(o, log2 of each row's sum of exponentials), yet to be filled."""
+    """What forward returns, yet to be filled."""
     return token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
