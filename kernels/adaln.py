@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import dense, launch, operator, processors, require, tl, triton, use_triton, want, wide
+from . import dispatch
+from .dispatch import dense, require, tl, triton, want, wide
 
 Segments = tuple[int, ...] | None
 WIDEST = 16384  # a row lives in the registers of one program
@@ -214,7 +215,7 @@ def _plan(
 
 def _planned(x: Tensor, modulation: Tensor, segments: Sequence[int] | None, step: str) -> Plan:
     segments = None if segments is None else tuple(segments)
-    return _plan(x.shape, modulation.shape[1], segments, TILES[step], processors(x), x.device)
+    return _plan(x.shape, modulation.shape[1], segments, TILES[step], dispatch.processors(x), x.device)
 
 
 def _strided(*tensors: Tensor | None) -> Iterator:
@@ -228,7 +229,7 @@ def _strided(*tensors: Tensor | None) -> Iterator:
 
 def _launch(kernel, x: Tensor, plan: Plan, *arguments, **meta):
     B, L, D = x.shape
-    launch(kernel, (len(plan.programs), B), *arguments, plan.programs, L, D, **meta, **plan.meta)
+    dispatch.launch(kernel, (len(plan.programs), B), *arguments, plan.programs, L, D, **meta, **plan.meta)
 
 
 def _forward(
@@ -236,14 +237,14 @@ def _forward(
     weight: Tensor | None, bias: Tensor | None, eps: float, segments: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, out, mean and 1 / std of every row); without a gate h is empty, without a scale the other two."""
-    outputs = _outputs(x, y, gate, scale, shift, weight, bias, eps, segments)
+    outputs = _outputs(x, y, gate, scale)
     plan = _planned(x, scale if gate is None else gate, segments, "forward")
     tensors = *_strided(x, y, gate, scale, shift), dense(weight), dense(bias)
     _launch(_forward_kernel, x, plan, *tensors, *outputs, eps)
     return outputs
 
 
-def _outputs(x, y, gate, scale, shift, weight, bias, eps, segments) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, y, gate, scale, *rest) -> tuple[Tensor, Tensor, Tensor]:
     h, out = (x.new_empty(0 if modulation is None else x.shape) for modulation in (gate, scale))
     return h, out, x.new_empty(0 if scale is None else (*x.shape[:2], 2), dtype=torch.float32)
 
@@ -308,8 +309,8 @@ def _grads(ctx, dh, dout, _dstats):
     return dx, dy, dgate, dscale, c, dweight, dbias, None, None
 
 
-_adaln = operator("adaln", _forward, _outputs, _save, _grads)
-_adaln_backward = operator("adaln_backward", _backward, _fake_backward)
+_adaln = dispatch.operator("adaln", _forward, _outputs, _save, _grads)
+_adaln_backward = dispatch.operator("adaln_backward", _backward, _fake_backward)
 
 
 # ---- the contract ----------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def adaln(
     segments: S lengths that sum to L, each with its scale and shift; None takes S = 1 or S = L (one a token).
     """
     _check("adaln", x, None, segments, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
-    if not use_triton(x):
+    if not dispatch.use_triton(x):
         return adaln_reference(x, scale, shift, weight, bias, eps, segments)
     return _adaln(x, None, None, scale, shift, weight, bias, eps, segments)[1]
 
@@ -332,7 +333,7 @@ def adaln(
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, segments: Segments = None) -> Tensor:
     """x + gate * y. x, y (B, L, D); gate (B, S, D); segments as in `adaln`."""
     _check("gated_residual", x, y, segments, {"gate": gate}, {})
-    if not use_triton(x):
+    if not dispatch.use_triton(x):
         return gated_residual_reference(x, y, gate, segments)
     return _adaln(x, y, gate, None, None, None, None, 0.0, segments)[0]
 
@@ -344,7 +345,7 @@ def gated_residual_adaln(
     """(h, adaln(h)) of h = x + gate * y: the residual stream and what the next linear reads, in one pass."""
     modulation = {"gate": gate, "scale": scale, "shift": shift}
     _check("gated_residual_adaln", x, y, segments, modulation, {"weight": weight, "bias": bias})
-    if not use_triton(x):
+    if not dispatch.use_triton(x):
         return gated_residual_adaln_reference(x, y, gate, scale, shift, weight, bias, eps, segments)
     return _adaln(x, y, gate, scale, shift, weight, bias, eps, segments)[:2]
 

@@ -36,36 +36,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .dispatch import (
-    INTERPRET,
-    TO_TORCH,
-    TensorDescriptor,
-    arch,
-    described,
-    launch,
-    operator,
-    require,
-    tl,
-    token_major,
-    triton,
-    use_triton,
-)
+from . import dispatch
+from .dispatch import INTERPRET, TensorDescriptor, arch, require, tl, token_major, triton
 
 WIDTHS = (16, 32, 64, 128)
 EXACT = tl.constexpr("ieee")  # fp32 inputs are multiplied as fp32, not rounded to TF32
 LN2 = tl.constexpr(math.log(2))
 LOG2E = math.log2(math.e)
-# On an H100 cuDNN took 0.58 to 0.79 of flash's time, 2026-11 (benchmarks/kernels/h100-2026-11-26).
-FASTEST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# Torch's own, the best on Hopper first: on an H100, 2026-11-26, cuDNN took 0.58 to 0.75 of the time of flash.
+NAMES = "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"
+FASTEST = [getattr(SDPBackend, name) for name in NAMES]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula, in torch's own fused form; on Hopper cuDNN's where it can (FASTEST), elsewhere torch picks."""
+    """The formula, in torch's own fused form; on Hopper cuDNN's where it can."""
     if not q.is_cuda or arch(q) != 90:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     with sdpa_kernel(FASTEST, set_priority=True):
@@ -249,28 +233,25 @@ def _dkdv_kernel(q, qS, do, doS, k, kS, v, vS, dk, dkS, dv, dvS, lse, delta, sca
 # What follows from shapes alone is worked out once for each and kept: a call only adds its tensors.
 
 
-def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Of B, H and L; where there is one of them only, any will do."""
-    return tuple(s if n > 1 else shape[3] for s, n in zip(strides[:3], shape, strict=False))
-
-
 @lru_cache(maxsize=1024)
-def _walkable(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> bool:
-    return strides[3] == 1 and all(s > 0 and s * size % 16 == 0 for s in _strides(shape, strides))
+def _walk(shape: tuple, strides: tuple, size: int) -> tuple[int, ...] | None:
+    """Strides of B, H and L; None where neither TMA nor 16-byte loads could follow them."""
+    walk = tuple(s if n > 1 else shape[3] for s, n in zip(strides[:3], shape, strict=False))
+    return walk if strides[3] == 1 and all(s > 0 and s * size % 16 == 0 for s in walk) else None
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where neither TMA nor 16-byte loads could walk it: stride-0 gradients, odd slices."""
-    ok = x.data_ptr() % 16 == 0 and _walkable(x.shape, x.stride(), x.element_size())
+    """x, or a copy of what cannot be walked: stride-0 gradients, odd slices."""
+    ok = x.data_ptr() % 16 == 0 and _walk(x.shape, x.stride(), x.element_size())
     return x if ok else token_major(x).copy_(x)
 
 
 @lru_cache(maxsize=1024)
 def _form(shape: tuple, strides: tuple, dtype: torch.dtype, rows: int, tma: bool) -> tuple:
     """A tensor as a kernel takes it: (descriptor of no tensor yet, or None; strides of B, H and L)."""
-    strides = _strides(shape, strides)
-    block, nothing = [1, 1, rows, shape[3]], torch.empty(0, dtype=dtype)
-    return TensorDescriptor(nothing, list(shape), [*strides, 1], block) if tma else None, strides
+    walk, nothing = _walk(shape, strides, dtype.itemsize), torch.empty(0, dtype=dtype)
+    block = [1, 1, rows, shape[3]]
+    return TensorDescriptor(nothing, list(shape), [*walk, 1], block) if tma else None, walk
 
 
 @lru_cache(maxsize=1024)
@@ -288,23 +269,23 @@ def _launch(kernel, tile: Tile, by_query: tuple, by_key: tuple, rows: tuple, sca
     for tensors, block in ((by_query, tile.queries), (by_key, tile.keys)):
         for x in tensors:
             blank, strides = _form(x.shape, x.stride(), x.dtype, block, tma)
-            args += (described(x, blank) if tma else x, strides)
+            args += (dispatch.described(x, blank) if tma else x, strides)
     grid, meta = _grid(kernel, tile, q.shape, k.shape[2], tma)
-    launch(kernel, grid, *args, *rows, scale * LOG2E, q.shape[1], q.shape[2], k.shape[2], **meta)
+    dispatch.launch(kernel, grid, *args, *rows, scale * LOG2E, q.shape[1], q.shape[2], k.shape[2], **meta)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o, log2 of each row's sum of exponentials)"""
-    return _portable(*map(_aligned, (q, k, v)), scale)
+    return _portable_forward(*map(_aligned, (q, k, v)), scale)
 
 
-def _portable(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    o, lse = _outputs(q, k, v, scale)
+def _portable_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = _outputs(q)
     _launch(_forward_kernel, _tiles(q).forward, (q, o), (k, v), (lse,), scale)
     return o, lse
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
     """What forward returns, yet to be filled."""
     return token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -312,16 +293,11 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _gradients(do, q, k, v, o, lse, scale)
-    delta = torch.empty_like(lse)
+    (dq, dk, dv), delta = map(token_major, (q, k, v)), torch.empty_like(lse)
     do, q, k, v, o = map(_aligned, (do, q, k, v, o))
     _launch(_dq_kernel, _tiles(q).dq, (q, o, do, dq), (k, v), (lse, delta), scale)
     _launch(_dkdv_kernel, _tiles(q).dkdv, (q, do), (k, v, dk, dv), (lse, delta), scale)
     return dq, dk, dv
-
-
-def _gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
-    return token_major(q), token_major(k), token_major(v)
 
 
 def _save(ctx, inputs, output):
@@ -334,8 +310,10 @@ def _grads(ctx, do, _dlse):
     return (None,) * 4 if do is None else (*_attention_backward(do, *ctx.saved_tensors, ctx.scale), None)
 
 
-_attention = operator("attention", _forward, _outputs, _save, _grads)
-_attention_backward = operator("attention_backward", _backward, _gradients)
+_attention = dispatch.operator("attention", _forward, _outputs, _save, _grads)
+_attention_backward = dispatch.operator(
+    "attention_backward", _backward, lambda do, q, k, v, *rest: tuple(map(token_major, (q, k, v)))
+)
 
 
 # ---- the contract ----------------------------------------------------------------------------------------
@@ -347,10 +325,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Returns (B, H, L, K) laid out as (B, L, H, K), so that `.transpose(1, 2).flatten(2)` is free.
     """
     _check(q, k, v, scale)
-    if not use_triton(q):
+    if not dispatch.use_triton(q):
         return attention_reference(q, k, v, scale)
     K = q.shape[3]
-    require(K in WIDTHS, lambda: f"attention: Triton has tiles for K in {WIDTHS}, not {K}: {TO_TORCH}")
+    require(
+        K in WIDTHS, lambda: f"attention: Triton has tiles for K in {WIDTHS}, not {K}: {dispatch.TO_TORCH}"
+    )
     return _attention(q, k, v, K**-0.5 if scale is None else scale)[0]
 
 

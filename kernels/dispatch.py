@@ -115,16 +115,13 @@ def operator(
 ) -> Callable:
     """run as torch sees it: the custom operator sdv::name where it is watched, else a plain call.
 
-    A custom operator costs the host several times what a plain call does, each time (benchmarks/host.csv).
+    A custom operator takes the host about twice as long, each time (benchmarks/host.csv). Without grads, run
+    is a backward: who wants to differentiate it hears from the operator that nobody can.
     """
     custom = torch.library.custom_op(f"sdv::{name}", run, mutates_args=())
     custom.register_fake(fake)
-    if grads is None:  # a backward, without one of its own: to ask for that is an error of the operator's
-
-        def plain_backward(*args):
-            return (custom if watched(args) or torch.is_grad_enabled() else run)(*args)
-
-        return plain_backward
+    if grads is None:
+        return lambda *args: (custom if watched(args) or torch.is_grad_enabled() else run)(*args)
     custom.register_autograd(grads, setup_context=save)
 
     class Plain(torch.autograd.Function):
