@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels
 from benchmarks import host
@@ -174,6 +176,19 @@ class Calls(torch.nn.Module):
 
     def forward(self, *inputs):
         return self.f(*inputs)
+
+
+@pytest.mark.parametrize(("keep", "forwards"), ((False, 2), (True, 1)))
+def test_checkpoints_recompute_what_is_not_kept(keep, forwards):
+    """Selective checkpointing of torch is one of those who watch: it can keep what attention returned."""
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.sdv.attention.default])
+    q = torch.randn(1, 1, 4, 16, requires_grad=True)
+    seen = []
+    with dispatch.pretend(90, lambda kernel, args, meta: seen.append(kernel.__name__)):
+        options = {"context_fn": kept} if keep else {}
+        out = checkpoint(lambda q: kernels.attention(q, q, q).sin(), q, use_reentrant=False, **options)
+        out.sum().backward()
+    assert seen.count("_forward_kernel") == forwards and seen.count("_dq_kernel") == 1
 
 
 def test_nobody_differentiates_twice():
