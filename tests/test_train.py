@@ -295,7 +295,7 @@ def test_a_run_says_where_it_comes_from(monkeypatch, tiny, tmp_path):
     assert (
         first["settings"]["rank"] == 8 and first["settings"]["steps"] == 1 and "--resume" in second["command"]
     )
-    assert first["versions"]["torch"] == torch.__version__.split("+")[0] and "CPU" in first["device"]
+    assert first["versions"]["torch"] == torch.__version__ and "CPU" in first["device"]
 
 
 def test_a_run_begun_before_settings_were_renamed_goes_on(monkeypatch, tiny, tmp_path):
