@@ -116,7 +116,10 @@ def shards(folder: Path) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return [folder / f"{stem}.safetensors"]
-    names = sorted(set(read_json(index, "weight_map").values()))
+    names = read_json(index, "weight_map").values()
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index}: weight_map names something else than files. Download it again.")
+    names = sorted(set(names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -138,11 +141,12 @@ def read_json(path: Path, field: str | None = None) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a checkpoint in the diffusers layout has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting without end
         raise ValueError(f"{path}: broken JSON ({error})") from error
-    if not isinstance(content, dict) or (field is not None and field not in content):
-        raise ValueError(f"{path}: expected a JSON object" + (f" with the field {field!r}" if field else ""))
+    if not isinstance(content, dict) or (field is not None and not isinstance(content.get(field), dict)):
+        wanted = "" if field is None else f" with the object {field!r}"
+        raise ValueError(f"{path}: expected a JSON object{wanted}")
     return content if field is None else content[field]
 
 
