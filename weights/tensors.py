@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdv.data.files import write_whole
+from sdv.data.files import save_safetensors, write_whole
 from sdv.models.layers import stays_float32
 
 Names = dict[str, str | None]
@@ -228,7 +227,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     if path.suffix == ".pth":
         write_whole(path, lambda to: torch.save(tensors, to))
     else:
-        write_whole(path, lambda to: save_file(tensors, to, metadata))
+        write_whole(path, lambda to: save_safetensors(tensors, to, metadata))
 
 
 def save_module(module: nn.Module, names: Names, path: Path, dtype: torch.dtype) -> None:
