@@ -6,7 +6,6 @@ differently. Whatever a table does not name is an error, never a guess.
 """
 
 import json
-import pickle
 import re
 import time
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdv.data.files import save_safetensors, write_whole
-from sdv.models.layers import stays_float32
+from sdv.models.layers import is_finite, stays_float32
 
 Names = dict[str, str | None]
 
@@ -82,12 +81,12 @@ class Pickle:
             raise FileNotFoundError(f"{file}: missing. Download it again.")
         try:
             self.where = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a damaged pickle fails in any way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{file}: damaged, or more than tensors ({reason}). Download it again."
             ) from error
-        if not all(isinstance(tensor, Tensor) for tensor in self.where.values()):
+        if not isinstance(self.where, dict) or not all(isinstance(x, Tensor) for x in self.where.values()):
             raise ValueError(
                 f"{file}: holds something else than named tensors: another file of the same name?"
             )
@@ -213,6 +212,11 @@ def load_into(
         owner, _, leaf = ours.rpartition(".")
         kept = torch.float32 if stays_float32(module, ours) else dtype
         tensor = checkpoint[theirs].to(device=device, dtype=kept)
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{source}: {theirs} has NaN or infinity in {kept}: damaged, or a training that broke. "
+                "Download it again."
+            )
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         size += tensor.nbytes
         count += tensor.numel()
