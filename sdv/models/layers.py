@@ -13,6 +13,13 @@ def stays_float32(module: nn.Module, path: str) -> bool:
     return not set(getattr(module, "in_float32", ())).isdisjoint(path.split("."))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it has neither NaN nor infinity as float32, found in one pass."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor.numel() == 0 or all(end.isfinite().item() for end in tensor.aminmax())
+
+
 def sinusoid(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Diffusion time (...,) -> (..., dim): cosines, then sines, of frequencies 1 .. 1/10000."""
     half = dim // 2

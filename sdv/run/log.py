@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdv.data.files import unwritable
 from sdv.objectives import Losses
 from sdv.run.parallel import gather, ranks
 
@@ -76,8 +77,12 @@ class RunLog:
         """Append a row with a "step" to NAME.jsonl."""
         if not self.writes:
             return
-        with open(self.folder / f"{name}.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise unwritable(path, error) from error
         if self.board is not None:
             place = "/".join([name, *([row["task"]] if "task" in row else [])])
             for field, value in row.items():
