@@ -1,4 +1,4 @@
-"""Settings: ranges, conflicts, old names, help. A refusal is one line with its flag, before a file is read."""
+"""Settings: ranges, conflicts, old names, help. A refusal is one line, before any file is read."""
 
 import subprocess
 import sys

@@ -340,7 +340,7 @@ def _check_parts(path: Path, layer: str, parts: dict[str, Tensor]) -> None:
                 f"{path}: lora_{half} of {layer} has NaN or infinity: the training that wrote it broke; take "
                 "an earlier save"
             )
-    alpha = parts.get("alpha", torch.ones(()))
+    alpha = parts.get("alpha", a.new_ones(()))
     if alpha.numel() != 1 or alpha.is_complex() or not is_finite(alpha):
         raise ValueError(f"{path}: the alpha of {layer} is not one number")
 
