@@ -14,9 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdv.models.causal_conv import CausalConv, Stream, conv2d
-from sdv.models.cogvideox_vae import Downsample, Pointwise, Upsample, each_frame
-from sdv.models.video_vae import VideoVAE
+from sdv.models.causal_conv import CausalConv, Stream
+from sdv.models.fast_conv import conv2d
+from sdv.models.video_vae import (
+    Downsample,
+    Pointwise,
+    Upsample,
+    draw,
+    in_tiles,
+    latent_frames,
+    make_tiles,
+    moments,
+)
 
 # Mean and deviation of each channel over the latents of Wan's training videos.
 MEAN = (
@@ -66,21 +75,15 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)
 
-    def activate(self, x: Tensor, *where: slice | int) -> Tensor:
-        """silu of x (T, B, H, W, C), normed, for (some frames and) rows low..high: for a CausalConv."""
-        *frames, low, high = where
-        return F.silu(self(x[frames[0] if frames else slice(None), :, low:high]))
+    def activate(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """silu of those rows of x (T, B, H, W, C), normed."""
+        return F.silu(self(x[:, :, rows]))
 
 
 class ZeroStartConv(CausalConv):
     """A causal convolution with zeros before the first frame of a clip."""
 
-    def forward(
-        self, x: Tensor, stream: Stream, norm: Norm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        if self not in stream.past:
-            stream.past[self] = x.new_zeros(2, *x.shape[1:])
-        return super().forward(x, stream, norm, residual)
+    zero_start = True
 
 
 # -------------------------------------------------------------------------------------------- steps in time
@@ -158,9 +161,11 @@ class Block(nn.Module):
         self.conv2 = ZeroStartConv(out_channels, out_channels)
         self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        h = self.conv1(x, stream, self.norm1)  # (T, B, H, W, O)
-        return self.conv2(h, stream, self.norm2, residual=self.shortcut(x))
+    def forward(self, x: Tensor, stream: Stream, overwrite: bool) -> Tensor:
+        """(T, B, H, W, C) -> (T, B, H, W, O). overwrite: x is not needed any more."""
+        h = self.conv1(x, stream, self.norm1)
+        residual = self.shortcut(x)
+        return self.conv2(h, stream, self.norm2, residual, overwrite or residual is not x)
 
 
 class FrameAttention(nn.Module):
@@ -188,7 +193,8 @@ class Middle(nn.Module):
         self.block2 = Block(channels, channels)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.block2(self.attention(self.block1(x, stream)), stream)
+        x = self.attention(self.block1(x, stream, overwrite=True))
+        return self.block2(x, stream, overwrite=True)
 
 
 class Down(nn.Module):
@@ -199,14 +205,14 @@ class Down(nn.Module):
         first, self.width = widths
         self.cell = (1 + halve_time, 1 if last else 2)  # of time, of space
         self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
-        self.resize = None if last else Downsample(self.width, halve_time=False)
+        self.resize = None if last else Downsample(self.width)
         self.time = HalveTime(self.width) if halve_time else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         shortcut = average_down(x, self.width, *self.cell)
         for block in self.blocks:
-            x = block(x, stream)
-        x = x if self.resize is None else each_frame(self.resize.shrink, x, stream)
+            x = block(x, stream, overwrite=True)
+        x = x if self.resize is None else self.resize(x, stream)
         x = x if self.time is None else self.time(x, stream)
         return x + shortcut  # (T', B, H', W', O)
 
@@ -220,17 +226,17 @@ class Up(nn.Module):
         self.cell = (1 + double_time, 2)
         self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
         self.time = DoubleTime(self.width) if double_time else None
-        self.resize = None if last else Upsample(self.width, double_time=False)
+        self.resize = None if last else Upsample(self.width)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        start = x.clone() if self.resize else x  # a lean block overwrites its input
+        start = x if self.resize is not None else None  # for the shortcut
         alone = self.time is not None and self.time not in stream.past  # the first frame of a clip
         for block in self.blocks:
-            x = block(x, stream)
+            x = block(x, stream, overwrite=x is not start)
         if self.resize is None:
             return x
         x = x if self.time is None else self.time(x, stream)
-        return each_frame(self.resize.enlarge, x, stream) + copy_up(start, self.width, *self.cell, alone)
+        return self.resize(x, stream) + copy_up(start, self.width, *self.cell, alone)
 
 
 class Encoder(nn.Module):
@@ -283,42 +289,62 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
-class WanVAE(VideoVAE):
-    """Works on patches of pixels, one latent frame at a time; latents have a mean and a deviation each."""
+class WanVAE(nn.Module):
+    """Encodes clips to latents and decodes them; `tiling` (off) does so in tiles of the size of set_tiles.
+
+    Works on patches of pixels, one latent frame at a time; latents have a mean and a deviation each.
+    """
 
     def __init__(self, cfg: WanVAEConfig):
-        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
-        self.set_tiles(256, 256, 1 / 4, 1 / 4)
+        super().__init__()
+        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
+        self.tiling = False
+        self.set_tiles(256, 256)
+
+    def set_tiles(
+        self, height: int, width: int, overlap_height: float = 1 / 4, overlap_width: float = 1 / 4
+    ) -> None:
+        """Size of the tiles in pixels, and the parts of them that are blended into the next."""
+        self.tiles = make_tiles(height, width, overlap_height, overlap_width, self.cfg.spatial_ratio)
+
+    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
+
+        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
+        """
+        return self.scaled(draw(*self.posterior(clip), rng))
+
+    def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
+        ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
+        frames = latent_frames(clip, ratio, space)
+        cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, patch).mT.transpose(1, 2)
+        cuts, tiles = chunks(clip.shape[2], ratio), self.tiles if self.tiling else None
+        return moments(in_tiles(self.encoder, cells, cuts, frames, tiles, of=space // patch, to=1))
 
     def scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the network makes them -> as the transformer sees them."""
         centre, spread = self.statistics(latents.device)
         return ((latents - centre) / spread).to(latents.dtype)
 
-    def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2)
-        both = self.in_tiles(self.encode_tile, cells, of=self.spatial_ratio // self.cfg.patch, to=1)
-        mean, logvar = both.chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
-
     def decode(self, latents: Tensor) -> Tensor:
-        """Clamped to [-1, 1], as the original does."""
+        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W) in [-1, 1].
+
+        Clamped, as the original does.
+        """
+        ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
         centre, spread = self.statistics(latents.device)
-        z = (latents * spread + centre).to(latents.dtype)
-        cells = self.in_tiles(self.decode_tile, z, of=1, to=self.spatial_ratio // self.cfg.patch)
-        return F.pixel_shuffle(cells.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2).clamp(-1, 1)
+        z, count = (latents * spread + centre).to(latents.dtype), latents.shape[2]
+        cuts, tiles = chunks(count, 1), self.tiles if self.tiling else None
+        cells = in_tiles(self.decoder, z, cuts, ratio * (count - 1) + 1, tiles, of=1, to=space // patch)
+        return F.pixel_shuffle(cells.transpose(1, 2).mT, patch).mT.transpose(1, 2).clamp(-1, 1)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents' channels, (C, 1, 1, 1), in float32."""
         mean, std = torch.tensor([self.cfg.mean, self.cfg.std], device=device)[..., None, None, None]
         return mean, std
 
-    def encode_tile(self, cells: Tensor) -> Tensor:
-        return self.in_chunks(self.encoder, cells, self.temporal_ratio)
 
-    def decode_tile(self, z: Tensor) -> Tensor:
-        return self.in_chunks(self.decoder, z, 1)
-
-    def in_chunks(self, network: nn.Module, x: Tensor, size: int) -> Tensor:
-        """Send x (B, C, T, H, W) through a network: its first frame alone, then `size` frames at a time."""
-        cuts = list(pairwise([0, *range(1, x.shape[2], size), x.shape[2]]))
-        return torch.cat(list(self.chunks_through(network, x, cuts)), dim=2)
+def chunks(frames: int, size: int) -> list[tuple[int, int]]:
+    """The first frame alone, then `size` frames at a time."""
+    return list(pairwise([0, *range(1, frames, size), frames]))
