@@ -1,7 +1,4 @@
-"""Causal 3x3x3 convolutions of a stream of chunks of frames.
-
-Activations are time first and channels last, (T, B, H, W, C).
-"""
+"""A causal 3x3x3 convolution of a stream of chunks of frames (T, B, H, W, C): time first, channels last."""
 
 from dataclasses import dataclass, field
 
@@ -16,30 +13,9 @@ from sdv.models.fast_conv import Activation, conv3d
 class Stream:
     """What a chunk of frames remembers of the one before it: two input frames of every convolution."""
 
-    lean: bool  # no gradients: by the fast path, which may overwrite what it is told to
+    lean: bool  # no gradients: work in small pieces, and overwrite what a call says may be overwritten
     last: bool = False  # nothing follows, so nothing needs to be remembered
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    past: Tensor | None,
-    act: Activation | None = None,
-    residual: Tensor | None = None,
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Convolve frames x (T, B, H, W, C), activated if act is given, and add the residual (T, B, H, W, O).
-
-    past: the activated frames (taps - 1, B, H, W, C) before x; None for copies of the first.
-    Returns (T, B, H, W, O) and the last two frames of the input, activated. Never overwrites anything.
-    """
-    x = x if act is None else act.activate(x).to(x.dtype)
-    past = x[:1].expand(weight.shape[2] - 1, -1, -1, -1, -1) if past is None else past
-    window = torch.cat([past, x])  # (T + taps - 1, B, H, W, C)
-    y = conv3d(window, weight, bias, padding=(1, 1))
-    return y if residual is None else y + residual, window[-2:]
 
 
 class CausalConv(nn.Conv3d):
@@ -60,22 +36,29 @@ class CausalConv(nn.Conv3d):
     ) -> Tensor:
         """Convolve x (T, B, H, W, C), activated if act is given, and add the residual (T, B, H, W, O).
 
-        overwrite: without gradients the sum is written into the residual.
+        overwrite: in a lean stream the sum is written into the residual, which is returned.
         """
-        past, weight = stream.past.pop(self, None), self.weight
+        past, weight = stream.past.pop(self, None), self.weight  # (2, B, H, W, C), activated
         if past is None and len(x) == 1:
             past, weight = x[:0], self.picture_filter()
         elif past is None and self.zero_start:
             past = x.new_zeros(2, *x.shape[1:])
-        way = fast_conv.convolve if stream.lean else convolve
-        y, ends = way(x, weight, self.bias, past, act, residual, overwrite)
+        if stream.lean:  # the same in less memory; the device decides how (fast_conv.py)
+            y, window = fast_conv.convolve(x, weight, self.bias, past, act, residual, overwrite)
+        else:
+            x = x if act is None else act.activate(x).to(x.dtype)
+            past = x[:1].expand(2, -1, -1, -1, -1) if past is None else past
+            window = torch.cat([past, x])  # (T + 2, B, H, W, C)
+            y = conv3d(window, weight, self.bias, padding=(1, 1))
+            y = y if residual is None else y + residual
         if not stream.last:
-            before = torch.zeros_like(ends) if self.zero_start else ends
-            stream.past[self] = torch.cat([before, ends])[-2:] if len(ends) == 1 else ends
-        return y
+            if len(window) == 1:
+                window = torch.cat([torch.zeros_like(window) if self.zero_start else window, window])
+            stream.past[self] = window[-2:]
+        return y  # (T, B, H, W, O)
 
     def picture_filter(self) -> Tensor:
-        """(O, C, 1, 3, 3): what a first frame that is alone meets, at a third of the work."""
+        """(O, C, 1, 3, 3): what a first frame meets if no other comes with it, a third of the products."""
         if self.zero_start:
             return self.weight[:, :, 2:]
         taps = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).unbind(2)

@@ -2,7 +2,7 @@
 
 Inside, activations are time first and channels last, (T, B, H, W, C). Norms span the frames of a chunk, so
 the cut into chunks is part of what the network computes. A norm only finds scale and shift; the convolution
-after it applies them to a band of rows at a time (causal_conv.py).
+after it applies them, to a band of rows at a time where it can (fast_conv.py).
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,11 @@ from torch import Tensor, nn
 
 from sdv.models.causal_conv import CausalConv, Stream
 from sdv.models.fast_conv import bands
-from sdv.models.video_vae import (
-    Downsample,
-    Pointwise,
-    Upsample,
-    draw,
-    in_tiles,
-    latent_frames,
-    make_tiles,
-    moments,
-)
+from sdv.models.video_vae import Downsample, Pointwise, Upsample, cut, draw, in_tiles, latent_frames, tile
 
-ENCODE_FRAMES = 8  # frames that are encoded together, and share the statistics of their norms
-DECODE_FRAMES = 2  # latent frames that are decoded together
+# Frames that are encoded together and share the statistics of their norms, and latent frames that are decoded
+# together. What remains of a clip joins its first chunk.
+ENCODE_FRAMES, DECODE_FRAMES = 8, 2
 
 
 @dataclass(frozen=True)
@@ -142,16 +134,9 @@ class SpatialNorm(nn.Module):
 
 def halved(x: Tensor) -> Tensor:
     """Half the frames (T, B, H, W, C): means of pairs. Of an odd number the first stands alone."""
-    if len(x) == 1:
-        return x
     single = len(x) % 2
     pairs = torch.lerp(x[single::2], x[single + 1 :: 2], 0.5)
     return torch.cat([x[:single], pairs])
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Twice the frames (T, B, H, W, C), each repeated; the first of an odd number is not."""
-    return x[stretched(len(x), 2 * len(x) - len(x) % 2).to(x.device)]
 
 
 def stretched(frames: int, to: int) -> Tensor:
@@ -187,22 +172,15 @@ def make_norm(cfg: CogVideoXVAEConfig, channels: int, spatial: bool) -> Norm | S
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, and the step to the next."""
+    """Residual blocks at one resolution, and the step to the next: in space, and perhaps in time."""
 
-    def __init__(
-        self,
-        cfg: CogVideoXVAEConfig,
-        widths: tuple[int, int],
-        layers: int,
-        spatial: bool,
-        resize: type[Downsample | Upsample] | None = None,
-        retime: bool = False,
-    ):
+    def __init__(self, blocks: list[Block], resize: nn.Module | None = None, retime: bool = False):
         super().__init__()
-        first, width = widths
-        self.blocks = nn.ModuleList(Block(cfg, width if i else first, width, spatial) for i in range(layers))
-        self.resize = resize(width) if resize is not None else None
-        self.retime = retime
+        self.blocks, self.resize, self.retime = nn.ModuleList(blocks), resize, retime
+
+
+def make_blocks(cfg: CogVideoXVAEConfig, before: int, width: int, layers: int, spatial: bool) -> list[Block]:
+    return [Block(cfg, width if i else before, width, spatial) for i in range(layers)]
 
 
 class Encoder(nn.Module):
@@ -213,10 +191,11 @@ class Encoder(nn.Module):
         widths = cfg.widths
         self.conv_in = CausalConv(3, widths[0])
         self.levels = nn.ModuleList()
-        for i, pair in enumerate(pairwise((widths[0], *widths))):
-            resize = Downsample if i + 1 < len(widths) else None
-            self.levels.append(Level(cfg, pair, cfg.layers, False, resize, cfg.halves_time(i)))
-        self.middle = Level(cfg, (widths[-1], widths[-1]), 2, spatial=False)
+        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+            resize = Downsample(width) if i + 1 < len(widths) else None
+            blocks = make_blocks(cfg, before, width, cfg.layers, spatial=False)
+            self.levels.append(Level(blocks, resize, retime=cfg.halves_time(i)))
+        self.middle = Level(make_blocks(cfg, widths[-1], widths[-1], 2, spatial=False))
         self.norm_out = Norm(cfg.groups, widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * cfg.latent_channels)
 
@@ -239,11 +218,12 @@ class Decoder(nn.Module):
         super().__init__()
         widths = cfg.widths[::-1]
         self.conv_in = CausalConv(cfg.latent_channels, widths[0])
-        self.middle = Level(cfg, (widths[0], widths[0]), 2, spatial=True)
+        self.middle = Level(make_blocks(cfg, widths[0], widths[0], 2, spatial=True))
         self.levels = nn.ModuleList()
-        for i, pair in enumerate(pairwise((widths[0], *widths))):
-            resize = Upsample if i + 1 < len(widths) else None
-            self.levels.append(Level(cfg, pair, cfg.layers + 1, True, resize, cfg.halves_time(i)))
+        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+            resize = Upsample(width) if i + 1 < len(widths) else None
+            blocks = make_blocks(cfg, before, width, cfg.layers + 1, spatial=True)
+            self.levels.append(Level(blocks, resize, retime=cfg.halves_time(i)))
         self.norm_out = make_norm(cfg, widths[-1], spatial=True)
         self.conv_out = CausalConv(widths[-1], 3)
 
@@ -255,13 +235,13 @@ class Decoder(nn.Module):
             if level.resize is not None:
                 x = level.resize(x, stream)  # (T', B, 2 H, 2 W, C)
             if level.retime:  # last, since equal frames have equal convolutions
-                x = doubled(x)  # (T, B, 2 H, 2 W, C)
+                x = x[stretched(len(x), 2 * len(x) - len(x) % 2).to(x.device)]  # (T, B, 2 H, 2 W, C)
         return self.conv_out(x, stream, self.norm_out(x, z))  # (T, B, H, W, 3)
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
 class CogVideoXVAE(nn.Module):
-    """Encodes clips to latents and decodes them; `tiling` (off) does so in tiles of the size of set_tiles."""
+    """Encodes clips to latents and decodes them, in the tiles of set_tiles if `tiling`."""
 
     def __init__(self, cfg: CogVideoXVAEConfig):
         super().__init__()
@@ -273,7 +253,8 @@ class CogVideoXVAE(nn.Module):
         self, height: int, width: int, overlap_height: float = 1 / 6, overlap_width: float = 1 / 5
     ) -> None:
         """Size of the tiles in pixels, and the parts of them that are blended into the next."""
-        self.tiles = make_tiles(height, width, overlap_height, overlap_width, self.cfg.spatial_ratio)
+        space = self.cfg.spatial_ratio
+        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
 
     def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
@@ -284,10 +265,12 @@ class CogVideoXVAE(nn.Module):
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
-        space = self.cfg.spatial_ratio
+        space, count, few = self.cfg.spatial_ratio, clip.shape[2], ENCODE_FRAMES
         frames = latent_frames(clip, self.cfg.temporal_ratio, space)
-        cuts, tiles = chunks(clip.shape[2], ENCODE_FRAMES), self.tiles if self.tiling else None
-        return moments(in_tiles(self.encoder, clip, cuts, frames, tiles, of=space, to=1))
+        cuts, tiles = cut(count, count % few + few, few), self.tiles if self.tiling else None
+        both = in_tiles(self.encoder, clip, cuts, frames, tiles, of=space, to=1)
+        mean, logvar = both.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents as the network makes them -> as the transformer sees them."""
@@ -298,15 +281,9 @@ class CogVideoXVAE(nn.Module):
 
         For odd k the network makes temporal_ratio frames of the first latent; all but the last are cut.
         """
-        count, ratio = latents.shape[2], self.cfg.temporal_ratio
+        count, ratio, few = latents.shape[2], self.cfg.temporal_ratio, DECODE_FRAMES
         extra = 0 if count % 2 else ratio - 1
-        cuts, tiles = chunks(count, DECODE_FRAMES), self.tiles if self.tiling else None
+        cuts, tiles = cut(count, count % few + few, few), self.tiles if self.tiling else None
         frames, z = extra + 1 + ratio * (count - 1), latents / self.cfg.scaling
         clip = in_tiles(self.decoder, z, cuts, frames, tiles, of=1, to=self.cfg.spatial_ratio)
         return clip[:, :, extra:]
-
-
-def chunks(frames: int, size: int) -> list[tuple[int, int]]:
-    """Cut frames into runs of `size`; the first run takes the remainder as well."""
-    starts = [0, *range(frames % size + size, frames, size)]
-    return list(zip(starts, [*starts[1:], frames], strict=True))

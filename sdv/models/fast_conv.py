@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of a band: all its frames, in float32. A CPU wants what stays in its cache, a GPU much work at once: up
-# to 240 x 360 CogVideoX's layers go whole, at 480 x 720 in two or three bands. Decoding 49 such frames on an
-# H100 took 2.94 s and 7.2 GB with a quarter of it (2026-11-26); predicted, not measured: 2.6 s and 8 to 9 GB.
+# Bytes of a band: all its frames, in float32. A CPU wants what stays in its cache, a GPU much work at once:
+# up to 240 x 360 CogVideoX's layers go whole, at 480 x 720 in two or three bands. Decoding 49 such frames on
+# an H100 took 2.94 s and 7.2 GB with a quarter of it (2026-11-26). Predicted, not measured: 2.6 s, 8 to 9 GB.
 BAND_BYTES = 2**24
 GPU_BAND_BYTES = 2**30
 SMALL = 2**15  # values of a bfloat16 frame whose filters take longer to transform than they save
@@ -34,18 +34,10 @@ class Activation(Protocol):
 def bands(x: Tensor, channels: int = 0) -> Iterator[tuple[int, int]]:
     """Cut the rows of (T, B, H, W, C) into bands that stay small with `channels` channels as well."""
     frames, batch, rows, columns, own = x.shape
-    height = max(8, band_bytes(x) // (4 * frames * batch * columns * max(own, channels)))
+    size = BAND_BYTES if x.device.type == "cpu" else GPU_BAND_BYTES
+    height = max(8, size // (4 * frames * batch * columns * max(own, channels)))
     for top in range(0, rows, height):
         yield top, min(top + height, rows)
-
-
-def frames_together(x: Tensor) -> int:
-    """How many frames of (T, B, H, W, C) to resize together: enlarged four times, and twice that, a band."""
-    return max(1, band_bytes(x) // (32 * x[0].numel()))
-
-
-def band_bytes(x: Tensor) -> int:
-    return BAND_BYTES if x.device.type == "cpu" else GPU_BAND_BYTES
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tensor:
@@ -54,7 +46,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tens
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    """3-D convolution of frames (T + 2, B, H, W, C), valid in time: (T, B, H', W', O)."""
+    """3-D convolution of frames (T + taps - 1, B, H, W, C), valid in time: (T, B, H', W', O)."""
+    if len(x) == weight.shape[2] == 1:
+        return conv2d(x[0], weight[:, :, 0], bias, padding=padding)[None]
     y = F.conv3d(x.permute(1, 4, 0, 2, 3), weight, bias, padding=(0, *padding))
     return y.permute(2, 0, 3, 4, 1)
 
@@ -65,11 +59,15 @@ def convolve(
     weight: Tensor,
     bias: Tensor,
     past: Tensor | None,
-    act: Activation | None = None,
-    residual: Tensor | None = None,
-    overwrite: bool = False,
+    act: Activation | None,
+    residual: Tensor | None,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As causal_conv.convolve; with overwrite the sum is written into the residual, which is returned."""
+    """What CausalConv computes, for a filter of one or three taps; with overwrite, in the residual's memory.
+
+    past: the activated frames (taps - 1, B, H, W, C) before x; None for copies of its first.
+    Returns (T, B, H, W, O), and the last two frames (or all) of the activated input, to be remembered.
+    """
     taps, frames = weight.shape[2], len(x)
     out = residual if overwrite else x.new_empty(*x.shape[:-1], len(weight))
     ends = x.new_empty(min(2, frames + taps - 1), *x.shape[1:])
@@ -103,19 +101,13 @@ def prepare(weight: Tensor, x: Tensor) -> list[tuple[int, Callable[..., Tensor]]
     is then still closer than with plain convolutions and bfloat16 norms. GPUs do not wait for products.
     """
     exact = weight.dtype in (torch.float32, torch.float64)
-    if weight.shape[2] == 1:
-        return [(1, partial(conv_picture, weight=weight[:, :, 0]))]
-    if x.device.type != "cpu" or (not exact and x[0, 0].numel() <= SMALL):
+    if weight.shape[2] == 1 or x.device.type != "cpu" or (not exact and x[0, 0].numel() <= SMALL):
         return [(len(x), partial(conv3d, weight=weight))]
     sizes = []
     for size in (size for size in TILINGS if exact or size <= 2):
         sizes += [size] * ((len(x) - sum(sizes)) // size)
     filters = {size: TiledFilter(weight, size) for size in set(sizes)}
     return [(size, filters[size]) for size in sizes]
-
-
-def conv_picture(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    return conv2d(x[0], weight, bias, padding=padding)[None]  # (1, B, H', W', O)
 
 
 # ---------------------------------------------------------------------------------------- fewer products

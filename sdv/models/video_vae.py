@@ -1,33 +1,28 @@
 """What both VAEs are built from: a sample of the posterior, chunks and tiles, layers that change the size."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdv.models.causal_conv import Stream
-from sdv.models.fast_conv import conv2d, frames_together
+from sdv.models.fast_conv import conv2d
 
 Cuts = Sequence[tuple[int, int]]  # first frame and end of each chunk
+Tiles = tuple[tuple[int, int], tuple[int, int]]  # height and width, each with its overlap, in latents
 
 
 # ------------------------------------------------------------------------------------------------- latents
 def latent_frames(clip: Tensor, ratio: int, space: int) -> int:
-    """How many latents in time a clip (B, 3, T, H, W) has. ValueError for sizes that a VAE does not take."""
+    """How many latent frames a clip (B, 3, T, H, W) has. ValueError for sizes that a VAE does not take."""
     frames, height, width = clip.shape[2:]
     if (frames - 1) % ratio:
         raise ValueError(f"a clip of {frames} frames: the VAE takes {ratio} k + 1, as {4 * ratio + 1}")
     if height % space or width % space:
         raise ValueError(f"a clip of {width} x {height} pixels: the VAE takes multiples of {space}")
     return (frames - 1) // ratio + 1
-
-
-def moments(both: Tensor) -> tuple[Tensor, Tensor]:
-    """What an encoder makes, (B, 2 C, T', h, w) -> mean and log-variance, each (B, C, T', h, w)."""
-    mean, logvar = both.chunk(2, dim=1)
-    return mean, logvar.clamp(-30, 20)
 
 
 def draw(mean: Tensor, logvar: Tensor, rng: torch.Generator | None) -> Tensor:
@@ -39,19 +34,15 @@ def draw(mean: Tensor, logvar: Tensor, rng: torch.Generator | None) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- chunks and tiles
-class Tiles(NamedTuple):
-    """Tiles of a frame and how far they overlap, in latents."""
-
-    height: int
-    width: int
-    overlap_height: int
-    overlap_width: int
+def tile(pixels: int, overlap: float, space: int) -> tuple[int, int]:
+    """A side of a tile in whole latents of `space` pixels, and how many it shares with the next tile."""
+    latents = max(pixels // space, 1)
+    return latents, int(latents * overlap)
 
 
-def make_tiles(height: int, width: int, overlap_height: float, overlap_width: float, space: int) -> Tiles:
-    """Tiles from pixels, rounded down to whole latents of space x space; overlaps are parts of a tile."""
-    rows, columns = max(height // space, 1), max(width // space, 1)
-    return Tiles(rows, columns, int(rows * overlap_height), int(columns * overlap_width))
+def cut(frames: int, first: int, size: int) -> list[tuple[int, int]]:
+    """Cut frames into a first chunk and others of `size`."""
+    return list(pairwise([0, *range(first, frames, size), frames]))
 
 
 def in_chunks(network: nn.Module, x: Tensor, cuts: Cuts, frames: int) -> Tensor:
@@ -79,25 +70,25 @@ def in_tiles(
 
     A tile has its own statistics, so results differ a little from the whole's.
     """
-    height, width = x.shape[3:]
-    if tiles is None or (height <= tiles.height * of and width <= tiles.width * of):
+    (tall, shared_y), (wide, shared_x) = tiles or ((x.shape[3], 0), (x.shape[4], 0))
+    height, width = x.shape[3] // of, x.shape[4] // of  # in latents, as all else
+    if height <= tall and width <= wide:
         return in_chunks(network, x, cuts, frames)
-    step_y, step_x = tiles.height - tiles.overlap_height, tiles.width - tiles.overlap_width
-    blend_y, blend_x = tiles.overlap_height * to, tiles.overlap_width * to
+    step_y, step_x = tall - shared_y, wide - shared_x
     above, out = {}, None
-    for top in range(0, height // of, step_y):
+    for top in range(0, height, step_y):
         beside = None
-        for left in range(0, width // of, step_x):
-            rows = slice(top * of, (top + tiles.height) * of)
-            columns = slice(left * of, (left + tiles.width) * of)
+        for left in range(0, width, step_x):
+            rows = slice(top * of, (top + tall) * of)
+            columns = slice(left * of, (left + wide) * of)
             y = in_chunks(network, x[..., rows, columns], cuts, frames)
             if top:
                 blend(above[left], y, dim=3)
             if left:
                 blend(beside, y, dim=4)
-            above[left], beside = tail(y, blend_y, dim=3), tail(y, blend_x, dim=4)
+            above[left], beside = tail(y, shared_y * to, dim=3), tail(y, shared_x * to, dim=4)
             if out is None:
-                out = y.new_empty(*y.shape[:3], height // of * to, width // of * to)
+                out = y.new_empty(*y.shape[:3], height * to, width * to)
             y = y[..., : step_y * to, : step_x * to]
             out[..., top * to : top * to + y.shape[3], left * to : left * to + y.shape[4]] = y
     return out
@@ -130,14 +121,14 @@ class Pointwise(nn.Conv3d):
 
 
 def each_frame(function: Callable[[Tensor], Tensor], x: Tensor, stream: Stream) -> Tensor:
-    """Apply a function of images (B, H, W, C) to the frames of (T, B, H, W, C), few at a time if lean."""
+    """Apply a function of images (B, H, W, C) to the frames of (T, B, H, W, C), one by one if lean."""
     if not stream.lean:
         return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    out, few = None, frames_together(x)
-    for t in range(0, len(x), few):
-        y = function(x[t : t + few].flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
-        out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
-        out[t : t + few] = y
+    out = None
+    for t, frame in enumerate(x):
+        y = function(frame)
+        out = y.new_empty(len(x), *y.shape) if out is None else out
+        out[t] = y
     return out
 
 

@@ -8,7 +8,7 @@ Activations are time first and channels last, (T, B, H, W, C), and work in bands
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from sdv.models.causal_conv import CausalConv, Stream
 from sdv.models.fast_conv import conv2d
-from sdv.models.video_vae import (
-    Downsample,
-    Pointwise,
-    Upsample,
-    draw,
-    in_tiles,
-    latent_frames,
-    make_tiles,
-    moments,
-)
+from sdv.models.video_vae import Downsample, Pointwise, Upsample, cut, draw, in_tiles, latent_frames, tile
 
 # Mean and deviation of each channel over the latents of Wan's training videos.
 MEAN = (
@@ -192,51 +183,27 @@ class Middle(nn.Module):
         self.attention = FrameAttention(channels)
         self.block2 = Block(channels, channels)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.attention(self.block1(x, stream, overwrite=True))
+    def forward(self, x: Tensor, stream: Stream, overwrite: bool) -> Tensor:
+        x = self.attention(self.block1(x, stream, overwrite))
         return self.block2(x, stream, overwrite=True)
 
 
-class Down(nn.Module):
-    """Blocks, then half the size and perhaps half the frames, unless it is the last level."""
+class Level(nn.Module):
+    """Blocks at one resolution, and the steps to the next in space and in time, unless it is the last."""
 
-    def __init__(self, widths: tuple[int, int], layers: int, halve_time: bool, last: bool):
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        layers: int,
+        resize: type[nn.Module] | None,
+        time: type[nn.Module] | None,
+    ):
         super().__init__()
         first, self.width = widths
-        self.cell = (1 + halve_time, 1 if last else 2)  # of time, of space
         self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
-        self.resize = None if last else Downsample(self.width)
-        self.time = HalveTime(self.width) if halve_time else None
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        shortcut = average_down(x, self.width, *self.cell)
-        for block in self.blocks:
-            x = block(x, stream, overwrite=True)
-        x = x if self.resize is None else self.resize(x, stream)
-        x = x if self.time is None else self.time(x, stream)
-        return x + shortcut  # (T', B, H', W', O)
-
-
-class Up(nn.Module):
-    """Blocks, then perhaps twice the frames and twice the size, unless it is the last level."""
-
-    def __init__(self, widths: tuple[int, int], layers: int, double_time: bool, last: bool):
-        super().__init__()
-        first, self.width = widths
-        self.cell = (1 + double_time, 2)
-        self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
-        self.time = DoubleTime(self.width) if double_time else None
-        self.resize = None if last else Upsample(self.width)
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        start = x if self.resize is not None else None  # for the shortcut
-        alone = self.time is not None and self.time not in stream.past  # the first frame of a clip
-        for block in self.blocks:
-            x = block(x, stream, overwrite=x is not start)
-        if self.resize is None:
-            return x
-        x = x if self.time is None else self.time(x, stream)
-        return self.resize(x, stream) + copy_up(start, self.width, *self.cell, alone)
+        self.resize = resize(self.width) if resize else None
+        self.time = time(self.width) if time else None
+        self.cell = 2 if time else 1, 2 if resize else 1  # of time and of space, that the step shrinks to one
 
 
 class Encoder(nn.Module):
@@ -246,11 +213,10 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [cfg.encoder_width * m for m in (1, *cfg.multipliers)]
         self.conv_in = ZeroStartConv(3 * cfg.patch**2, widths[0])
-        steps = zip(pairwise(widths), (*cfg.halve_time, False), strict=True)
-        last = len(cfg.halve_time)
-        self.levels = nn.ModuleList(
-            Down(pair, cfg.layers, halve, i == last) for i, (pair, halve) in enumerate(steps)
-        )
+        self.levels = nn.ModuleList()
+        for pair, halve in zip_longest(pairwise(widths), cfg.halve_time):  # none after the last level
+            resize = Downsample if halve is not None else None
+            self.levels.append(Level(pair, cfg.layers, resize, HalveTime if halve else None))
         self.middle = Middle(widths[-1])
         self.norm_out = Norm(widths[-1])
         self.conv_out = ZeroStartConv(widths[-1], 2 * cfg.latent_channels)
@@ -259,8 +225,13 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)  # (T, B, H, W, D)
         for level in self.levels:
-            x = level(x, stream)
-        x = self.middle(x, stream)  # (T', B, h, w, D)
+            shortcut = average_down(x, level.width, *level.cell)
+            for block in level.blocks:
+                x = block(x, stream, overwrite=True)
+            x = x if level.resize is None else level.resize(x, stream)
+            x = x if level.time is None else level.time(x, stream)
+            x = x + shortcut  # (T', B, H', W', D')
+        x = self.middle(x, stream, overwrite=True)  # (T', B, h, w, D)
         return self.posterior(self.conv_out(x, stream, self.norm_out))  # (T', B, h, w, 2 C)
 
 
@@ -273,27 +244,30 @@ class Decoder(nn.Module):
         self.latent_in = Pointwise(cfg.latent_channels, cfg.latent_channels)
         self.conv_in = ZeroStartConv(cfg.latent_channels, widths[0])
         self.middle = Middle(widths[0])
-        steps = zip(pairwise(widths), (*cfg.halve_time[::-1], False), strict=True)
-        last = len(cfg.halve_time)
-        self.levels = nn.ModuleList(
-            Up(pair, cfg.layers + 1, double, i == last) for i, (pair, double) in enumerate(steps)
-        )
+        self.levels = nn.ModuleList()
+        for pair, double in zip_longest(pairwise(widths), cfg.halve_time[::-1]):  # none after the last level
+            resize = Upsample if double is not None else None
+            self.levels.append(Level(pair, cfg.layers + 1, resize, DoubleTime if double else None))
         self.norm_out = Norm(widths[-1])
         self.conv_out = ZeroStartConv(widths[-1], 3 * cfg.patch**2)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
-        x = self.middle(self.conv_in(self.latent_in(z), stream), stream)  # (T', B, h, w, D)
+        x = self.conv_in(self.latent_in(z), stream)  # (T', B, h, w, D)
+        x = self.middle(x, stream, overwrite=True)
         for level in self.levels:
-            x = level(x, stream)
+            start = None if level.resize is None else x
+            alone = level.time is not None and level.time not in stream.past  # the first frame of a clip
+            for block in level.blocks:
+                x = block(x, stream, overwrite=x is not start)
+            if start is not None:
+                x = x if level.time is None else level.time(x, stream)
+                x = level.resize(x, stream) + copy_up(start, level.width, *level.cell, alone)
         return self.conv_out(x, stream, self.norm_out)  # (T, B, H, W, 3 patch^2)
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
 class WanVAE(nn.Module):
-    """Encodes clips to latents and decodes them; `tiling` (off) does so in tiles of the size of set_tiles.
-
-    Works on patches of pixels, one latent frame at a time; latents have a mean and a deviation each.
-    """
+    """Encodes clips, as patches, to latents and decodes them, in the tiles of set_tiles if `tiling`."""
 
     def __init__(self, cfg: WanVAEConfig):
         super().__init__()
@@ -305,7 +279,8 @@ class WanVAE(nn.Module):
         self, height: int, width: int, overlap_height: float = 1 / 4, overlap_width: float = 1 / 4
     ) -> None:
         """Size of the tiles in pixels, and the parts of them that are blended into the next."""
-        self.tiles = make_tiles(height, width, overlap_height, overlap_width, self.cfg.spatial_ratio)
+        space = self.cfg.spatial_ratio
+        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
 
     def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
@@ -319,8 +294,10 @@ class WanVAE(nn.Module):
         ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
         frames = latent_frames(clip, ratio, space)
         cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, patch).mT.transpose(1, 2)
-        cuts, tiles = chunks(clip.shape[2], ratio), self.tiles if self.tiling else None
-        return moments(in_tiles(self.encoder, cells, cuts, frames, tiles, of=space // patch, to=1))
+        cuts, tiles = cut(clip.shape[2], 1, ratio), self.tiles if self.tiling else None
+        both = in_tiles(self.encoder, cells, cuts, frames, tiles, of=space // patch, to=1)
+        mean, logvar = both.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents as the network makes them -> as the transformer sees them."""
@@ -328,14 +305,11 @@ class WanVAE(nn.Module):
         return ((latents - centre) / spread).to(latents.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W) in [-1, 1].
-
-        Clamped, as the original does.
-        """
+        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W), cut to [-1, 1]."""
         ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
         centre, spread = self.statistics(latents.device)
         z, count = (latents * spread + centre).to(latents.dtype), latents.shape[2]
-        cuts, tiles = chunks(count, 1), self.tiles if self.tiling else None
+        cuts, tiles = cut(count, 1, 1), self.tiles if self.tiling else None
         cells = in_tiles(self.decoder, z, cuts, ratio * (count - 1) + 1, tiles, of=1, to=space // patch)
         return F.pixel_shuffle(cells.transpose(1, 2).mT, patch).mT.transpose(1, 2).clamp(-1, 1)
 
@@ -343,8 +317,3 @@ class WanVAE(nn.Module):
         """Mean and deviation of the latents' channels, (C, 1, 1, 1), in float32."""
         mean, std = torch.tensor([self.cfg.mean, self.cfg.std], device=device)[..., None, None, None]
         return mean, std
-
-
-def chunks(frames: int, size: int) -> list[tuple[int, int]]:
-    """The first frame alone, then `size` frames at a time."""
-    return list(pairwise([0, *range(1, frames, size), frames]))
