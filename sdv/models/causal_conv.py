@@ -48,7 +48,7 @@ class CausalConv(nn.Conv3d):
         else:
             x = x if act is None else act.activate(x).to(x.dtype)
             past = x[:1].expand(2, -1, -1, -1, -1) if past is None else past
-            window = torch.cat([past, x])  # (T + 2, B, H, W, C)
+            window = torch.cat([past, x]) if len(past) else x  # (T + 2, B, H, W, C)
             y = conv3d(window, weight, self.bias, padding=(1, 1))
             y = y if residual is None else y + residual
         if not stream.last:

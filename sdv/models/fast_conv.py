@@ -1,9 +1,9 @@
-"""The convolution of causal_conv.py without gradients: in less memory and, on CPUs, with fewer products.
+"""The convolution of causal_conv.py in less memory and, on CPUs, with fewer products.
 
+Taken whenever no gradients are wanted (Stream.lean); here the device decides on the size of bands and products.
 Memory: a convolution works on bands of rows. Normed, activated and padded copies of frames larger than a band
 never exist, and the result may be added to a residual in place.
 Arithmetic: on the CPU four frames cost six 2-D convolutions instead of twelve, unless they are small.
-tests/test_causal_conv.py holds it beside the plain convolution.
 
 Activations are time first and channels last, (T, B, H, W, C): a run of frames is one block of memory.
 """
@@ -48,7 +48,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> Tens
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
     """3-D convolution of frames (T + taps - 1, B, H, W, C), valid in time: (T, B, H', W', O)."""
     if len(x) == weight.shape[2] == 1:
-        return conv2d(x[0], weight[:, :, 0], bias, padding=padding)[None]
+        return conv2d(x[0], weight.squeeze(2), bias, padding=padding)[None]
     y = F.conv3d(x.permute(1, 4, 0, 2, 3), weight, bias, padding=(0, *padding))
     return y.permute(2, 0, 3, 4, 1)
 
