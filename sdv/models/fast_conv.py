@@ -1,6 +1,6 @@
 """The convolution of causal_conv.py in less memory and, on CPUs, with fewer products.
 
-Taken whenever no gradients are wanted (Stream.lean); here the device decides on the size of bands and products.
+Taken when no gradients are wanted (Stream.lean); the device decides how large bands are, and which products.
 Memory: a convolution works on bands of rows. Normed, activated and padded copies of frames larger than a band
 never exist, and the result may be added to a residual in place.
 Arithmetic: on the CPU four frames cost six 2-D convolutions instead of twelve, unless they are small.
