@@ -19,7 +19,7 @@ from torch import Tensor
 # Bytes of a band: all its frames, in float32. A CPU wants what stays in its cache, a GPU much work at once:
 # up to 240 x 360 CogVideoX's layers go whole, at 480 x 720 in two or three bands. Decoding 49 such frames on
 # an H100 took 2.94 s and 7.2 GB with a quarter of it (2026-11-26). Predicted, not measured: 2.6 s, 8 to 9 GB.
-BAND_BYTES = 2**24
+BAND_BYTES = 2**22
 GPU_BAND_BYTES = 2**30
 SMALL = 2**15  # values of a bfloat16 frame whose filters take longer to transform than they save
 
@@ -71,10 +71,12 @@ def convolve(
     taps, frames = weight.shape[2], len(x)
     out = residual if overwrite else x.new_empty(*x.shape[:-1], len(weight))
     ends = x.new_empty(min(2, frames + taps - 1), *x.shape[1:])
-    runs = prepare(weight, x)
-    for top, bottom in bands(x, len(weight)):
+    runs, cuts = prepare(weight, x), list(bands(x, len(weight)))
+    window = x.new_empty(frames + taps - 1, x.shape[1], cuts[0][1] + 2, *x.shape[3:])  # the same for all bands
+    for top, bottom in cuts:
         low, high = max(top - 1, 0), min(bottom + 1, x.shape[2])  # a halo of one row
-        window = x.new_empty(frames + taps - 1, x.shape[1], bottom - top + 2, *x.shape[3:])
+        if bottom - top + 2 < window.shape[2]:
+            window = x.new_empty(*window.shape[:2], bottom - top + 2, *x.shape[3:])
         window[:, :, 0 : low - top + 1] = 0  # above the frame
         window[:, :, high - top + 1 :] = 0  # below it
         inside = window[:, :, low - top + 1 : high - top + 1]
