@@ -19,6 +19,7 @@ VBench's smoothness and dynamic degree need its networks, as programs of torch.e
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -133,7 +134,7 @@ class Scores:
     def add(self, film: Film, scores: dict[str, float]) -> None:
         """Append a line; a half-written one that a stop left behind is ended first."""
         torn = self.file.is_file() and not self.file.read_bytes().endswith(b"\n")
-        names = (reels.relative(path, self.file.parent) for path in (film.path, film.ref))
+        names = (os.path.relpath(path, self.file.parent) for path in (film.path, film.ref))
         about = dict(zip(("file_name", "reference_file_name"), names, strict=True))
         row = about | {"prompt": film.prompt, "seed": film.seed, "scores": scores, "key": self.key(film)}
         with open(self.file, "a", encoding="utf-8") as file:
@@ -164,7 +165,8 @@ def judge(films: Sequence[Film], scores: Scores, judges: Judges, name: str) -> l
 def notes(judges: Judges, films: Sequence[Film]) -> list[str]:
     """What must be known to read the numbers."""
     lines = [
-        "in %: mean ± deviation over seeds [95 % interval over subjects, bootstrap]; speed: short sides a second",
+        "in %: mean ± deviation over seeds [95 % bootstrap interval over subjects]",
+        "speed is in % of the short side a second",
         "smoothness, dynamic, speed, duplicates, paste are this project's (microworld/movement.py)",
     ]
     names = [judge.name for judge in (judges.clip, judges.dino) if judge is not None]

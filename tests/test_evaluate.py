@@ -1,5 +1,6 @@
 """The command that judges films, whole: on films of the tiny chain; its manifests; what it refuses."""
 
+import csv
 import json
 import shutil
 import sys
@@ -101,30 +102,27 @@ def test_the_whole_command_on_films_of_the_tiny_chain(tiny, networks, tmp_path, 
         "--interpolate", program(tmp_path / "middle.pt2", Middle(), 64, 96),
     ]  # fmt: skip
     call(monkeypatch, evaluate, *options)
-    first, numbers = ((out / "evaluation" / f"table.{kind}").read_text() for kind in ("md", "csv"))
-    rows = {
-        line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in first.splitlines() if line[:2] == "| "
-    }
-    assert [int(rows[name][0]) for name in ("films", table.BASE, table.STILL)] == [4, 2, 2]
-    assert int(rows[table.CEILING][0]) == 2 + 1 and int(rows[table.FLOOR][0]) == 2 + 3
+    first, memory = (out / "evaluation" / name for name in ("table.md", "scores.jsonl"))
+    first, numbers = first.read_text(), (out / "evaluation" / "table.csv").read_text().splitlines()
+    numbers = list(csv.DictReader(numbers))
+    counts = {row["row"]: int(row["n"]) for row in numbers}
+    assert counts == {"films": 4, table.BASE: 2, table.STILL: 2, table.CEILING: 2 + 1, table.FLOOR: 2 + 3}
+    assert [row["measure"] for row in numbers if row["row"] == "films"] == list(scores.MEASURES)
     assert "not comparable" in first and "77.14" in first and "not run" not in first
-    measures = dict.fromkeys(line.split(",")[4] for line in numbers.splitlines()[1:])
-    assert list(measures) == list(scores.MEASURES)
 
     # By hand: one film, and the means in the table.
     judges = Judges(ClipJudge(networks["clip"]), DinoJudge(networks["dino"]), frames=8)
-    each = [json.loads(line) for line in (out / "evaluation" / "scores.jsonl").read_text().splitlines()]
+    each = [json.loads(line) for line in memory.read_text().splitlines()]
     frames, fps = films.read_frames(out / lines[0]["file_name"])
     ref, prompt = subjects / "fish" / "00.png", "a fish runs"
     mine = film_scores(frames, fps, prompt, films.canvas(ref, 64, 96), films.as_given(ref, 64, 96), judges)
     assert fps == pytest.approx(8, rel=1e-3) and len(each) == 6
     assert mine == {name: value for name, value in each[0]["scores"].items() if "VBench" not in name}
     mean = np.mean([row["scores"]["CLIP-I"] for row in each[:4]])
-    (cell,) = [line.split(",") for line in numbers.splitlines() if line.startswith("films,4,2,2,CLIP-I")]
-    assert float(cell[5]) == pytest.approx(mean, abs=1e-12)
+    (cell,) = (row for row in numbers if (row["row"], row["measure"]) == ("films", "CLIP-I"))
+    assert float(cell["mean"]) == pytest.approx(mean, abs=1e-12) and cell["seeds"] == "2"
 
     # Stopped in the middle of a line: only that film is judged again, and the table is the same.
-    memory = out / "evaluation" / "scores.jsonl"
     memory.write_text(memory.read_text()[:-30])
     judged = []
     monkeypatch.setattr(evaluate, "film_scores", lambda *a: judged.append(a) or film_scores(*a))
@@ -148,11 +146,7 @@ def test_a_film_is_set_beside_the_base_of_its_prompt_and_seed():
     made = [film("a", "dog", "runs", 0), film("b", "cat", "runs", 1), film("c", "cat", "sits", 5)]
     base = [film("x", None, "runs", 0), film("y", None, "runs", 1), film("z", None, "sits", 0)]
     found = evaluate.base_films(made, base, Path("base"))
-    assert [(str(f.path), str(f.ref), f.seed) for f in found] == [
-        ("x", "dog", 0),
-        ("y", "cat", 1),
-        ("z", "cat", 0),
-    ]
+    assert found == [film("x", "dog", "runs", 0), film("y", "cat", "runs", 1), film("z", "cat", "sits", 0)]
 
 
 # Refusals

@@ -5,7 +5,6 @@ A folder of films has films.jsonl, as sample.py writes it: lines {"file_name", "
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -116,7 +115,3 @@ def as_given(picture: Path, height: int, width: int) -> Tensor:
     """The two ways in which sample.py gives a reference, cut and on a canvas: (2, 3, H, W) in [-1, 1]."""
     image = read_image(picture)
     return from_uint8(torch.stack([resize(image, height, width, mode) for mode in ("crop", "pad")]))
-
-
-def relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder)

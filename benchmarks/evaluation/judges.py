@@ -137,7 +137,7 @@ def load(folder: Path, flag: str) -> nn.Module:
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # torn files raise errors of safetensors', of pickle's and of torch's own
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"{flag} {folder}: weights cannot be read ({reason}); copy them again") from error
     missing = [name for name in report["missing_keys"] if "pooler" not in name]  # which is not asked
     strange = [name for name in report["unexpected_keys"] if not ("pooler" in name or "position_ids" in name)]

@@ -194,36 +194,54 @@ def renders(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
         found = [
             [measured(spoil(clip, ref, d), ref, judge)[measure] for d in degrees] for clip, ref in clean[:10]
         ]
-        value = float(np.mean([sign * rank(row, degrees) for row in found if np.ptp(row) > 0]))
-        yield f"{measure} of renders, {name} by degrees", "rank", value, len(found)
+        told = [sign * rank(row, degrees) for row in found if np.ptp(row) > 0]  # a still clip cannot stutter
+        yield f"{measure} of renders, {name} by degrees", "rank", float(np.mean(told)), len(told)
     stills = [measured(ref[:, None].expand_as(clip), ref, judge)["paste"] for clip, ref in clean]
     yield "paste of copies against renders", "area", area(stills, [row["paste"] for row in scores]), len(of)
+    wrong = [
+        case._replace(truth=case.truth._replace(subject=world.lookalikes(case.truth.subject)[i % 99]))
+        for i, case in enumerate(of)
+    ]
+    impostors = [
+        measured(clip, case.ref, judge)["image"] for clip, case in zip(studio.renders(wrong), of, strict=True)
+    ]
+    right = [row["image"] for row in scores]
+    yield "image of renders, against others of the species", "area", area(right, impostors), len(of)
+    better = float(np.mean(np.array(right) > impostors))
+    yield "image of renders, against another in the same scene", "share right", better, len(of)
 
 
 def adapters(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
     """Films of the base and of the adapter in weights/toy, whose truth microworld/metrics.py sees."""
     toy, known, seen = studio.Studio(), [], []
-    for name, adapter in (("base", None), ("adapter", studio.SHIPPED)):
+    for adapter in (None, studio.SHIPPED):
         toy.put_on(adapter)
         clips = toy.film(list(of), with_ref=adapter is not None)
         known += studio.judge(clips, list(of))["rows"]
-        scores = [measured(clip, case.ref, judge) for clip, case in zip(clips, of, strict=True)]
-        seen += scores
-        yield (
-            f"image score of the {name}'s films",
-            "mean",
-            float(np.mean([s["image"] for s in scores])),
-            len(of),
-        )
-    half = [[row["image"] for row in part] for part in (seen[len(of) :], seen[: len(of)])]
-    yield "image score, adapter against base", "area", area(*half), len(seen)
-    for truth in ("margin", "colour", "shape"):
-        both = [row["image"] for row in seen], [row[truth] for row in known]
-        yield f"image score of films, by the micro-world's {truth}", "rank", rank(*both), len(seen)
-    right = [
-        [s["image"] for s, row in zip(seen, known, strict=True) if row["top1"] == flag] for flag in (1, 0)
-    ]
-    yield "image score, films of the right subject against the others", "area", area(*right), len(seen)
+        seen += [measured(clip, case.ref, judge) for clip, case in zip(clips, of, strict=True)]
+    image = [row["image"] for row in seen]
+    base, adapted = image[: len(of)], image[len(of) :]
+    yield "image of the base's films, no reference", "mean", float(np.mean(base)), len(of)
+    yield "image of the adapter's films", "mean", float(np.mean(adapted)), len(of)
+    yield "image of films, adapter against base", "area", area(adapted, base), len(seen)
+    for measure, truth in (
+        ("image", "margin"),
+        ("image", "colour"),
+        ("image", "shape"),
+        ("paste", "layout"),
+    ):
+        both = [row[measure] for row in seen], [row[truth] for row in known]
+        yield f"{measure} of films, by the {truth} that metrics.py sees", "rank", rank(*both), len(seen)
+    for what, measure, flags in (
+        ("the right subject against others", "image", [row["top1"] == 1 for row in known]),
+        ("seen to move against seen to rest", "speed", [row["seen motion"] != "still" for row in known]),
+        ("asked to move against asked to rest", "speed", [case.truth.motion != "still" for case in of] * 2),
+    ):
+        split = [
+            [row[measure] for row, flag in zip(seen, flags, strict=True) if flag is wanted]
+            for wanted in (True, False)
+        ]
+        yield f"{measure} of films, {what}", "area", area(*split), len(seen)
 
 
 def main() -> None:
@@ -247,7 +265,7 @@ def main() -> None:
             for what, figure, value, cases in part:
                 machine = f"{platform.machine()}, torch {torch.__version__}"
                 writer.writerow([what, figure, f"{value:.3f}", cases, machine, datetime.date.today()])
-                print(f"{what:75} {figure:11} {value:6.3f}  {cases:4}")
+                print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}", flush=True)
 
 
 if __name__ == "__main__":
