@@ -12,14 +12,16 @@ Rows beside the films: films of the base without a reference (--base); each refe
 mere copying scores; each reference against other pictures of its subject, the ceiling, and against other
 subjects of its noun, the floor (--subjects, a folder of pictures for each); the paper's.
 
-VBench's smoothness and dynamic degree need its networks, as programs of torch.export for the films' size:
-    --flow          RAFT: two frames (1, 3, H, W), RGB 0..255 -> flow (1, 2, H, W) in pixels; sides in eights
-    --interpolate   AMT-S: two frames (1, 3, H, W), RGB 0..1 -> the frame half-way; sides in sixteens
+VBench's smoothness and dynamic degree need its networks, whose code is not here. --vbench FILE.py names a
+file of yours with one or both of these functions of two frames (1, 3, H, W) of RGB on the CPU:
+    interpolate(before, after)    AMT-S: of frames in 0..1, sides in sixteens, the one half-way (1, 3, H, W)
+    flow(before, after)           RAFT, 20 rounds: of frames in 0..255, sides in eights, pixels (1, 2, H, W)
 """
 
 import argparse
 import json
 import os
+import runpy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -49,8 +51,7 @@ def arguments() -> argparse.Namespace:
         ("manifest", "JSONL of the films to judge; FILMS/films.jsonl if not given"),
         ("clip", "folder of CLIP; the paper's is ViT-B/32"),
         ("dino", "folder of DINO or DINOv2; the paper's is DINO ViT-S/16"),
-        ("flow", "optical flow for VBench's dynamic degree, .pt2"),
-        ("interpolate", "frame interpolation for VBench's smoothness, .pt2"),
+        ("vbench", "Python file with VBench's networks"),
         ("base", "folder of films of the same prompts, made by the base without a reference"),
         ("subjects", "folder with a folder of pictures for each subject, the references among them"),
         ("nouns", "lines FOLDER,NOUN of the subjects"),
@@ -63,28 +64,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def program(file: Path | None, flag: str, device: str) -> Between | None:
-    """A network saved by torch.export.save; None if none is given."""
+def vbench(file: Path | None) -> dict[str, Between]:
+    """The functions "flow" and "interpolate" of a Python file, as far as it has them."""
     if file is None:
-        return None
+        return {}
     if not file.is_file():
-        raise FileNotFoundError(f"{flag} {file}: no such file; write it with torch.export.save")
-    try:
-        module = torch.export.load(file).module().to(device)
-    except Exception as error:  # whatever the reader of a strange archive raises
-        raise ValueError(f"{flag} {file}: is no program of torch.export ({str(error)[:80]})") from error
-
-    def call(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        try:
-            return module(before.to(device), after.to(device))
-        except (RuntimeError, AssertionError) as error:
-            size = "x".join(map(str, before.shape[-2:]))
-            reason = str(error).split("\n")[0][:120]
-            raise ValueError(
-                f"{flag} {file}: cannot take frames of {size}; export it so ({reason})"
-            ) from error
-
-    return call
+        raise FileNotFoundError(f"--vbench {file}: no such file; write flow and interpolate there")
+    found = runpy.run_path(str(file))
+    found = {name: found[name] for name in ("flow", "interpolate") if name in found}
+    if not found:
+        raise ValueError(f"--vbench {file}: has neither a function flow nor interpolate")
+    return found
 
 
 def with_refs(films: Sequence[Film], folder: Path) -> list[Film]:
@@ -189,11 +179,10 @@ def main() -> None:
     judges = Judges(
         args.clip and ClipJudge(args.clip, args.device),
         args.dino and DinoJudge(args.dino, args.device),
-        program(args.flow, "--flow", args.device),
-        program(args.interpolate, "--interpolate", args.device),
-        args.frames,
+        **vbench(args.vbench),
+        frames=args.frames,
     )
-    networks = {"flow": [args.flow], "interpolate": [args.interpolate]} | {
+    networks = {"vbench": [args.vbench]} | {
         name: [*weight_files(folder), folder / "preprocessor_config.json"] if folder else []
         for name, folder in (("clip", args.clip), ("dino", args.dino))
     }

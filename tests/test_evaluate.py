@@ -58,19 +58,10 @@ def call(monkeypatch, module, *words: object) -> None:
     module.main()
 
 
-class Middle(torch.nn.Module):
-    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        return (before + after) / 2
-
-
-class Flow(torch.nn.Module):
-    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        return (after - before)[:, :2]
-
-
-def program(path: Path, module: torch.nn.Module, height: int, width: int) -> Path:
-    frame = torch.zeros(1, 3, height, width)
-    torch.export.save(torch.export.export(module, (frame, frame)), path)
+def vbench(path: Path, flow: str = "(after - before)[:, :2]") -> Path:
+    """A file of functions in the place of VBench's networks."""
+    middle = "def interpolate(before, after):\n    return (before + after) / 2\n"
+    path.write_text(f"{middle}def flow(before, after):\n    return {flow}\n")
     return path
 
 
@@ -98,8 +89,7 @@ def test_the_whole_command_on_films_of_the_tiny_chain(tiny, networks, tmp_path, 
     write_lines(out / "base" / "films.jsonl", lines[4] | {"file_name": Path(lines[4]["file_name"]).name})
     options = [
         out, "--clip", networks["clip"], "--dino", networks["dino"], "--frames", 8, "--base", out / "base",
-        "--subjects", subjects, "--flow", program(tmp_path / "flow.pt2", Flow(), 64, 96),
-        "--interpolate", program(tmp_path / "middle.pt2", Middle(), 64, 96),
+        "--subjects", subjects, "--vbench", vbench(tmp_path / "networks.py"),
     ]  # fmt: skip
     call(monkeypatch, evaluate, *options)
     first, memory = (out / "evaluation" / name for name in ("table.md", "scores.jsonl"))
@@ -211,7 +201,7 @@ def test_what_is_not_there_is_named(one_film, monkeypatch, spoil, message):
         ("--clip", lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer has 2 tokens"),
         ("--clip", lambda folder: rename_weights(folder, "text_projection", "x"), "1 weights are missing"),
         ("--dino", lambda folder: None, "holds a model of type 'clip'; give one of vit, dinov2"),
-        ("--flow", lambda folder: None, "no such file"),
+        ("--vbench", lambda folder: None, "no such file"),
     ],
 )
 def test_a_wrong_network_is_refused(one_film, networks, tmp_path, monkeypatch, flag, spoil, message):
@@ -235,12 +225,12 @@ def rename_weights(folder: Path, old: str, new: str) -> None:
 
 def test_other_refusals(one_film, tmp_path, monkeypatch):
     subjects = make_subjects(tmp_path / "subjects")
-    flow = program(tmp_path / "flow.pt2", Flow(), 64, 96)
-    with pytest.raises(ValueError, match="flow.pt2: cannot take frames of 64x64; export it so"):
-        call(monkeypatch, evaluate, one_film, "--frames", 8, "--flow", flow)
-    flow.write_bytes(b"no")
-    with pytest.raises(ValueError, match="flow.pt2: is no program of torch.export"):
-        call(monkeypatch, evaluate, one_film, "--frames", 8, "--flow", flow)
+    networks = vbench(tmp_path / "networks.py", flow="before, after")
+    with pytest.raises(ValueError, match=r"--vbench: a function returned tuple for \(1, 2, 64, 64\)"):
+        call(monkeypatch, evaluate, one_film, "--frames", 8, "--vbench", networks)
+    networks.write_text("raft = None")
+    with pytest.raises(ValueError, match="networks.py: has neither a function flow nor interpolate"):
+        call(monkeypatch, evaluate, one_film, "--frames", 8, "--vbench", networks)
     base = tmp_path / "base"
     shutil.copytree(one_film, base)
     write_line(base, prompt="a cat")

@@ -95,7 +95,7 @@ def vbench_smoothness(frames: Tensor, interpolate: Between) -> float:
     errors = []
     for first in range(0, len(images) - 2, 2):
         ends, cut = _padded(images[[first, first + 2]] / 255, 16)
-        guess = cut(interpolate(ends[:1], ends[1:]).cpu())
+        guess = cut(_like(ends[:1], interpolate(ends[:1], ends[1:]), 3))
         levels = (guess[0] * 255).clamp(0, 255).byte()  # cut off, not rounded, as VBench does
         errors.append((levels.float() - images[first + 1]).abs().mean())
     return 1 - float(torch.stack(errors).double().mean()) / 255
@@ -112,9 +112,18 @@ def vbench_dynamic(frames: Tensor, fps: float, flow: Between) -> bool:
     fast = 0
     for before, after in zip(images[:-1], images[1:], strict=True):
         pair, _ = _padded(torch.stack([before, after]), 8)
-        length = flow(pair[:1], pair[1:])[0].cpu().norm(dim=0).flatten()
+        length = _like(pair[:1], flow(pair[:1], pair[1:]), 2)[0].norm(dim=0).flatten()
         fast += float(length.sort(descending=True).values[: int(0.05 * len(length))].mean()) > least
     return fast >= round(4 * len(images) / 16)
+
+
+def _like(frame: Tensor, found: Tensor, channels: int) -> Tensor:
+    """What a network of --vbench returned, on the CPU; ValueError unless it is as large as the frame."""
+    wanted = (1, channels, *frame.shape[-2:])
+    if not isinstance(found, Tensor) or found.shape != wanted:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"--vbench: a function returned {what} for {wanted}; return that one tensor")
+    return found.cpu()
 
 
 def _padded(images: Tensor, multiple: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
