@@ -35,8 +35,8 @@ from benchmarks.evaluation import table
 from benchmarks.evaluation.films import Film
 from benchmarks.evaluation.judges import ClipJudge, DinoJudge, weight_files
 from benchmarks.evaluation.scores import Between, Judges, film_scores
-from benchmarks.evaluation.subjects import read_subjects
-from benchmarks.evaluation.yardsticks import Sample, pictures, still_films
+from benchmarks.evaluation.subjects import Subject, owners, read_subjects
+from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from sdv.data.files import Hashes, digest, write_whole
 from sdv.run.settings import run
 
@@ -140,7 +140,9 @@ def _whole(line: str) -> dict | None:
     return row if "key" in row and "scores" in row else None
 
 
-def judge(films: Sequence[Film], scores: Scores, judges: Judges, name: str) -> list[Sample]:
+def judge(
+    films: Sequence[Film], known: dict[Path, Subject], scores: Scores, judges: Judges, name: str
+) -> list[Sample]:
     """Every film's measures: remembered, or taken now and written down one by one."""
     fresh = scores.fresh(films)
     bar = tqdm(fresh, name, total=len(films), initial=len(films) - len(fresh), unit="film", disable=not films)
@@ -149,7 +151,8 @@ def judge(films: Sequence[Film], scores: Scores, judges: Judges, name: str) -> l
         size = frames.shape[-2:]
         shown, given = reels.canvas(film.ref, *size), reels.as_given(film.ref, *size)
         scores.add(film, film_scores(frames, fps, film.prompt, shown, given, judges))
-    return [Sample(str(film.ref), film.seed, scores.known[scores.key(film)]) for film in films]
+    found = [scores.known[scores.key(film)] for film in films]
+    return [Sample(subject_of(f.ref, known), f.seed, row) for f, row in zip(films, found, strict=True)]
 
 
 def notes(judges: Judges, films: Sequence[Film]) -> list[str]:
@@ -175,7 +178,7 @@ def main() -> None:
     # 1. What is wrong with the input is found before anything is loaded or judged.
     films = with_refs(reels.read_films(args.films, args.manifest), args.films)
     base = base_films(films, reels.read_films(args.base), args.base) if args.base else []
-    subjects = read_subjects(args.subjects, args.nouns) if args.subjects else []
+    known = owners(read_subjects(args.subjects, args.nouns)) if args.subjects else {}
     judges = Judges(
         args.clip and ClipJudge(args.clip, args.device),
         args.dino and DinoJudge(args.dino, args.device),
@@ -190,12 +193,12 @@ def main() -> None:
     reels.check(scores.fresh([*films, *base]), args.frames)
 
     # 2. Pictures, which are quick, then the films.
-    same, kind = pictures(films, subjects, judges) if subjects and (args.clip or args.dino) else ([], [])
-    rows = [table.summarise("films", judge(films, scores, judges, "films"))]
+    same, kind = pictures(films, known, judges) if known and (args.clip or args.dino) else ([], [])
+    rows = [table.summarise("films", judge(films, known, scores, judges, "films"))]
     more = []
     for name, needs, samples in (
-        (table.BASE, "--base", judge(base, scores, judges, "base")),
-        (table.STILL, "films", still_films(films, judges)),
+        (table.BASE, "--base", judge(base, known, scores, judges, "base")),
+        (table.STILL, "films", still_films(films, known, judges)),
         (table.CEILING, "--subjects, two pictures of one, and --clip or --dino", same),
         (table.FLOOR, "--subjects, two of one noun, and --clip or --dino", kind),
     ):

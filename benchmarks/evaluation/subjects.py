@@ -5,6 +5,7 @@ DreamBooth's data set is one. Its nouns stand in prompts_and_classes.txt, those 
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,11 @@ def read_subjects(folder: Path, nouns: Path | None = None) -> list[Subject]:
     known = next((folder / name for name in NOUNS if (folder / name).is_file()), None)
     called = read_nouns(nouns or known, names) if nouns or known else {name: _noun(name) for name in names}
     return [Subject(name, called[name], _pictures(folder / name)) for name in names]
+
+
+def owners(subjects: Sequence[Subject]) -> dict[Path, Subject]:
+    """Whose each picture is, by its resolved path."""
+    return {picture.resolve(): subject for subject in subjects for picture in subject.pictures}
 
 
 def read_nouns(file: Path, names: list[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ Each yardstick is a list of samples like those of films, so that one table summa
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +18,17 @@ from sdv.data.media import inspect_clip
 class Sample(NamedTuple):
     """The measures of one film, or of a pair of pictures."""
 
-    subject: str  # whatever tells subjects apart: the bootstrap draws these
+    subject: str  # the bootstrap draws these
     seed: int | None
     scores: dict[str, float]
 
 
-def still_films(films: Sequence[Film], judges: Judges) -> list[Sample]:
+def subject_of(ref: Path, known: dict[Path, Subject]) -> str:
+    """The subject's name, or the reference's where no subjects are known: several may show one subject."""
+    return known[ref.resolve()].name if ref.resolve() in known else str(ref)
+
+
+def still_films(films: Sequence[Film], known: dict[Path, Subject], judges: Judges) -> list[Sample]:
     """Each reference as a film that shows nothing else, under each of its prompts: what copying scores."""
     once = {(film.ref, film.prompt): film for film in films}.values()
     judges, samples = judges._replace(frames=FEWEST), []
@@ -33,39 +37,38 @@ def still_films(films: Sequence[Film], judges: Judges) -> list[Sample]:
         shown = canvas(film.ref, height, width)
         frames = shown[:, None].expand(-1, FEWEST, -1, -1)
         scores = film_scores(frames, 8, film.prompt, shown, as_given(film.ref, height, width), judges)
-        samples.append(Sample(str(film.ref), None, scores))
+        samples.append(Sample(subject_of(film.ref, known), None, scores))
     return samples
 
 
-def pictures(films: Sequence[Film], subjects: Sequence[Subject], judges: Judges) -> tuple[list, list]:
+def pictures(films: Sequence[Film], known: dict[Path, Subject], judges: Judges) -> tuple[list, list]:
     """CLIP-I and DINO-I of references against others of their subject, and other subjects of their noun."""
     size = inspect_clip(films[0].path)[:2]
-    owners = {picture.resolve(): subject for subject in subjects for picture in subject.pictures}
     refs = list(dict.fromkeys(film.ref.resolve() for film in films))
-    strangers = [ref for ref in refs if ref not in owners]
-    if strangers:
-        raise ValueError(
-            f"--subjects: {strangers[0]} is none of its pictures; give the folder of the references"
-        )
-    known: dict[Path, dict[str, Tensor]] = {}
+    for ref in refs:
+        if ref not in known:
+            raise ValueError(f"--subjects: {ref} is none of its pictures; give the folder of the references")
+    vectors: dict[Path, dict[str, Tensor]] = {}
 
     def compared(ref: Path, others: Sequence[Path]) -> list[Sample]:
         for picture in [ref, *others]:
-            if picture not in known:
-                known[picture] = _vectors(canvas(picture, *size)[None], judges)
+            if picture not in vectors:
+                vectors[picture] = _vectors(canvas(picture, *size)[None], judges)
+        mine, name = vectors[ref], known[ref].name
         return [
             Sample(
-                str(ref), None, {name: mean_cosine(a, known[other][name]) for name, a in known[ref].items()}
+                name, None, {measure: mean_cosine(mine[measure], vectors[other][measure]) for measure in mine}
             )
             for other in others
         ]
 
     same, kind = [], []
     for ref in refs:
-        own = owners[ref]
-        of_kind = [subject for subject in subjects if subject.noun == own.noun and subject is not own]
-        same += compared(ref, [picture.resolve() for picture in own.pictures if picture.resolve() != ref])
-        kind += compared(ref, [p.resolve() for p in chain.from_iterable(s.pictures for s in of_kind)])
+        own = known[ref]
+        same += compared(ref, [p for p, whose in known.items() if whose is own and p != ref])
+        kind += compared(
+            ref, [p for p, other in known.items() if other.noun == own.noun and other is not own]
+        )
     return same, kind
 
 
