@@ -1,15 +1,26 @@
 """Files that appear whole or not at all, and are known by what is in them."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then flush it to disk and give it its name."""
+    """Let `write` fill a temporary file, then flush it to disk and give it its name.
+
+    On a full disk, say, the old file stays, nothing else is left behind, and the OSError names the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -17,13 +28,42 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch has one of its own
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> OSError:
+    """A failed write as one error with the path and what to do."""
+    hidden = re.search(r"os error (\d+)", str(error))  # safetensors says the system's number, torch chains it
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    code = int(hidden[1]) if hidden else getattr(cause, "errno", None)
+    reason = os.strerror(code) if code else str(error).split("\n")[0]
+    fix = "free some space there" if code in FULL else "see to it"
+    return OSError(f"{path}: could not be written ({reason}); {fix}, then start again")
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever the umask says can read: left alone, only its owner could."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def digest(*parts: object) -> str:
     """A short name made of JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or a name made of those of the files in a folder."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        return digest(*((file.name, content_hash(file)) for file in files))
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Hashes:
@@ -43,8 +83,7 @@ class Hashes:
         stat = path.stat()
         key, state = os.path.relpath(path, self.memory.parent), [stat.st_size, stat.st_mtime_ns]
         if self.known.get(key, [])[:2] != state:
-            with open(path, "rb") as file:
-                self.known[key] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+            self.known[key] = [*state, content_hash(path)]
         return self.known[key][2]
 
     def learn(self, paths: Iterable[Path]) -> None:
