@@ -27,7 +27,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.evaluation import films as reels
@@ -38,7 +37,7 @@ from benchmarks.evaluation.scores import Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from sdv.data.files import Hashes, digest, write_whole
-from sdv.run.settings import run
+from sdv.run.settings import DEVICE, check_device, run
 
 PAPERS = ["CLIP ViT-B/32", "DINO ViT-S/16"]
 
@@ -59,8 +58,7 @@ def arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=Path, help=text)
     parser.add_argument("--frames", type=int, default=16, help="of a film, for CLIP and DINO (default 16)")
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=where, help=f"where networks run (default {where})")
+    parser.add_argument("--device", default=DEVICE, help=f"where CLIP and DINO run (default {DEVICE})")
     return parser.parse_args()
 
 
@@ -174,6 +172,7 @@ def notes(judges: Judges, films: Sequence[Film]) -> list[str]:
 
 def main() -> None:
     args = arguments()
+    check_device(args.device)
 
     # 1. What is wrong with the input is found before anything is loaded or judged.
     films = with_refs(reels.read_films(args.films, args.manifest), args.films)
