@@ -33,7 +33,7 @@ from benchmarks.evaluation import films as reels
 from benchmarks.evaluation import table
 from benchmarks.evaluation.films import Film
 from benchmarks.evaluation.judges import ClipJudge, DinoJudge, weight_files
-from benchmarks.evaluation.scores import Between, Judges, film_scores
+from benchmarks.evaluation.scores import MEASURES, Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from sdv.data.files import Hashes, digest, write_whole
@@ -153,20 +153,23 @@ def judge(
     return [Sample(subject_of(f.ref, known), f.seed, row) for f, row in zip(films, found, strict=True)]
 
 
-def notes(judges: Judges, films: Sequence[Film]) -> list[str]:
+def notes(judges: Judges, films: Sequence[Film], measured: Iterable[str]) -> list[str]:
     """What must be known to read the numbers."""
     lines = [
         "in %: mean ± deviation over seeds [95 % bootstrap interval over subjects]",
         "speed is in % of the short side a second",
         "smoothness, dynamic, speed, duplicates, paste are this project's (microworld/movement.py)",
     ]
-    names = [judge.name for judge in (judges.clip, judges.dino) if judge is not None]
-    if names:
-        lines.append(f"{' and '.join(names)} on {judges.frames} frames, references on a white canvas")
-    if strange := [name for name in names if name not in PAPERS]:
+    there = [judge for judge in (judges.clip, judges.dino) if judge is not None]
+    if there:
+        names = " and ".join(f"{judge.name} ({judge.folder.name})" for judge in there)
+        lines.append(f"{names} on {judges.frames} frames, references on a white canvas")
+    if strange := [judge.name for judge in there if judge.name not in PAPERS]:
         lines.append(f"not comparable with the paper's {' and '.join(PAPERS)}: {', '.join(strange)}")
     if judges.clip is not None and (cut := judges.clip.cut({film.prompt for film in films})):
         lines.append(f"{cut} prompts are longer than CLIP reads: CLIP-T is of their beginning")
+    if lacking := [measure for measure in MEASURES if measure not in measured]:
+        lines.append(f"{', '.join(lacking)}: not run, their networks are not given")
     return lines
 
 
@@ -207,7 +210,7 @@ def main() -> None:
         more += [table.position(rows[0], rows[-1], rows[-2], measure) for measure in rows[-1].cells]
 
     # 3. The table.
-    text = table.markdown([*rows, *table.paper_rows()], notes(judges, films) + more)
+    text = table.markdown([*rows, *table.paper_rows()], notes(judges, films, rows[0].cells) + more)
     for name, content in (("table.md", text), ("table.csv", table.as_csv(rows))):
         write_whole(scores.file.with_name(name), partial(Path.write_text, data=content, encoding="utf-8"))
     print(text)

@@ -115,7 +115,8 @@ def test_the_whole_command_on_films_of_the_tiny_chain(tiny, networks, tmp_path, 
     write_lines(out / "m.jsonl", *lines[1:])
     call(monkeypatch, evaluate, out, "--manifest", out / "m.jsonl", "--frames", 8, "--out", tmp_path / "some")
     text = (tmp_path / "some" / "table.md").read_text()
-    assert "| films | 3 |" in text and text.count("not run") == 3 and "DINO-I | smoothness" in text
+    assert "| films | 3 |" in text and text.count("not run") == 4 and "DINO-I | smoothness" in text
+    assert "CLIP-T, CLIP-I, DINO-I: not run" in text
     assert len(judged) == 4
 
 
