@@ -254,18 +254,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(d(x), fp32 (1, n) of d(weight) or, of a layer, (2, n) of it and d(bias); (0, n) unless they learn)"""
     grid, rows, meta = _grid(x.shape, TILES["backward"], norm, dispatch.processors(x))
-    (B, H, L, K), dx = x.shape, token_major(x)
-    sums = x.new_empty((learns * (1 + (norm == "layer")), grid[0] * B, H, K), dtype=torch.float32)
-    tensors = *_strided(dout), *_strided(x), dense(weight), cos, sin, dx, *(*sums, None, None)[:2]
+    (B, H, L, K), dx, layer = x.shape, token_major(x), norm == "layer"
+    sums = x.new_empty((1 + layer, grid[0] * B, H, K) if learns else (0, len(weight)), dtype=torch.float32)
+    wanted = (sums[0], sums[1] if layer else None) if learns else (None, None)
+    tensors = *_strided(dout), *_strided(x), dense(weight), cos, sin, dx, *wanted
     sizes = (eps, H, L, 0 if cos is None else len(cos), rows)
     dispatch.launch(_backward_kernel, grid, *tensors, *sizes, **meta)
-    return dx, sums.sum((1, 2) if norm == "layer" else 1).flatten(1)
+    return dx, sums.sum((1, 2) if layer else 1).flatten(1) if learns else sums
 
 
 def _fake_backward(dout, x, weight, cos, sin, eps, norm, learns):
-    return token_major(x), weight.new_empty(
-        (learns * (1 + (norm == "layer")), len(weight)), dtype=torch.float32
-    )
+    n = 1 + (norm == "layer") if learns else 0
+    return token_major(x), weight.new_empty((n, len(weight)), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -279,7 +279,7 @@ def _grads(ctx, dout):
         return _rope(dout, None, None, cos, sin, 0.0, "none", -ctx.sign), *(None,) * 7
     learns = any(ctx.needs_input_grad[1:3])
     dx, sums = _rope_backward(dout, x, weight, cos, sin, ctx.eps, ctx.norm, learns)
-    return dx, *(*sums, None, None)[:2], *(None,) * 5
+    return dx, *((*sums, None)[:2] if learns else (None, None)), *(None,) * 5
 
 
 _rope = dispatch.operator("rope", _forward, lambda x, *rest: token_major(x), _save, _grads)
