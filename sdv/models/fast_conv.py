@@ -72,7 +72,7 @@ def convolve(
     out = residual if overwrite else x.new_empty(*x.shape[:-1], len(weight))
     ends = x.new_empty(min(2, frames + taps - 1), *x.shape[1:])
     runs, cuts = prepare(weight, x), list(bands(x, len(weight)))
-    window = x.new_empty(frames + taps - 1, x.shape[1], cuts[0][1] + 2, *x.shape[3:])  # the same for all bands
+    window = x.new_empty(frames + taps - 1, x.shape[1], cuts[0][1] + 2, *x.shape[3:])  # for all bands
     for top, bottom in cuts:
         low, high = max(top - 1, 0), min(bottom + 1, x.shape[2])  # a halo of one row
         if bottom - top + 2 < window.shape[2]:
