@@ -162,7 +162,25 @@ def test_a_file_that_is_replaced_has_them_too(tmp_path):
         assert opened.get_tensor("x").tolist() == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------- settings and rows
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe{", b"3", b"[1]", b"[" * 100_000])
+def test_damaged_settings_of_a_run_are_named(tmp_path, text):
+    save(tmp_path, 1)
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="config.json: damaged"):
+        saves.require_same(tmp_path, {}, {})
+
+
+def test_a_fresh_run_keeps_no_row_of_another(tmp_path):
+    for name in ("metrics", "probes", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text('{"step": 99}\n')
+    saves.begin(tmp_path, {"seed": 1}, {"torch": "2"}, resume=False)
+    assert [file.read_text() for file in tmp_path.glob("*.jsonl")] == [""]
+    saves.begin(tmp_path, {"seed": 1}, {"torch": "3"}, resume=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content == {"seed": 1, "parts": [{"torch": "2"}, {"torch": "3"}]}
+
+
 def test_rows_are_cut_back_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "metrics.jsonl"
     text = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(5))
