@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import dispatch
+from . import dispatch, hopper
 from .dispatch import INTERPRET, TensorDescriptor, arch, require, tl, token_major, triton
 
 WIDTHS = (16, 32, 64, 128)
@@ -276,7 +276,8 @@ def _launch(kernel, tile: Tile, by_query: tuple, by_key: tuple, rows: tuple, sca
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o, log2 of each row's sum of exponentials)"""
-    return _portable_forward(*map(_aligned, (q, k, v)), scale)
+    q, k, v = map(_aligned, (q, k, v))
+    return (hopper.forward if hopper.fits(q) else _portable_forward)(q, k, v, scale)
 
 
 def _portable_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from .dispatch import ARCHS, pretend
 
@@ -68,16 +68,17 @@ def recorded(arch: int, call: Callable[[], object]) -> list[Launch]:
 
 def source(launch: Launch) -> ASTSource:
     """The launch as Triton's own specialization sees it: types, alignment, and integers that equal 1."""
-    names = launch.kernel.arg_names
-    values = dict(zip(names, launch.args, strict=False)) | launch.meta
-    fixed = {p.name for p in launch.kernel.params if p.is_constexpr}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(names):
-        if name in fixed:
-            signature[name], constants[(i,)] = "constexpr", values[name]
+    for i, p in enumerate(launch.kernel.params):
+        if p.is_constexpr:
+            signature[p.name], constants[(i,)] = "constexpr", values[p.name]
+        elif p.do_not_specialize:
+            signature[p.name] = "i32"
         else:
-            signature[name] = _type(values[name], (i,), constants, attributes)
-    return ASTSource(launch.kernel, signature, constants, attributes)
+            signature[p.name] = _type(values[p.name], (i,), constants, attributes)
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return kind(launch.kernel, signature, constants, attributes)
 
 
 def _type(x, path: tuple[int, ...], constants: dict, attributes: dict):
@@ -86,8 +87,9 @@ def _type(x, path: tuple[int, ...], constants: dict, attributes: dict):
     if x is None or (isinstance(x, int) and x == 1):
         constants[path] = x
         return "constexpr"
-    if isinstance(x, TensorDescriptor):
-        return f"tensordesc<{TYPES[x.base.dtype]}{list(x.block_shape)}>"
+    if hasattr(x, "block_shape"):  # a descriptor; Gluon's says how its tiles lie in shared memory
+        layout = f",{x.layout!r}" if hasattr(x, "layout") else ""
+        return f"tensordesc<{TYPES[x.base.dtype]}{list(x.block_shape)}{layout}>"
     if isinstance(x, float):
         return "fp32"
     if (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0:
