@@ -1,28 +1,30 @@
-"""Attention's forward on Hopper (sm_90), in Gluon: attention.py's formula, its work split among groups of warps.
+"""Attention's forward on Hopper (sm_90) in Gluon: attention.py's formula, split among groups of warps.
 
-Hopper's tensor cores multiply by themselves, and one program can keep them busy: while one group of warps takes
-exponentials, the products of the others run. A program owns 192 queries of one head; three groups own 64 each,
-the rows of one instruction. A fourth only loads.
+Hopper's tensor cores multiply by themselves, and one program can keep them busy: while one group of warps
+takes exponentials, the products of the others run. A program owns 192 queries of one head. Three groups of
+four warps own 64 of them each, as many rows as one instruction has; a fourth group only loads.
 
-    the loader                shared memory                the three consumers, each by itself
-                       +------------------------+
-      for each group   |  q of group 0 | 1 | 2  |  ----->  q                                  in shared memory
-                       +------------------------+          for each block of 128 keys
-      for each block   |  k    |  v    | stage 0|  ----->      s = q K^T                      tensor cores
-      of 128 keys      |  k    |  v    | stage 1|  <-----      m, z, p = softmax(s)           registers
-                       +------------------------+   free       acc = acc exp(m_old - m) + p V tensor cores
-                                                           acc / z  -> q's place -> o,   m + log2(z) -> lse
+    the loader               shared memory              each of the three consumers
+                       +-----------------------+
+      for each group   | q of group 0 | 1 | 2  |  --->  q stays in shared memory
+                       +-----------------------+        for each block of 128 keys
+      for each block   |  k   |  v   | stage 0 |  --->      s = q K^T                       tensor cores
+      of 128 keys      |  k   |  v   | stage 1 |  <---      m, z, p = softmax(s)            registers
+                       +-----------------------+  free      acc = acc exp(m_old - m) + p V  tensor cores
+                                                        acc / z -> q's place -> o,  m + log2(z) -> lse
 
-k and v of all blocks go through one ring of four tiles: tile t lies in place t % 4. A place has two barriers.
-`full` completes when all bytes of a tile have arrived, `free` when all three groups are done with it. Completing
-flips a barrier's phase, and a wait names the phase that it wants over: t // 4 says how often the ring went around.
+The k and v of all blocks go through one ring of four places: tile t lies in place t % 4. A place has two
+barriers. `full` completes when all bytes of a tile have arrived, `free` when all three groups are done with
+it. Completing ends a phase of the barrier, and a wait names, by its parity, the phase that has to be over:
+t // 4, how often the ring has gone around.
 
-Nothing inside a group overlaps: delaying p V into the next softmax, taking turns by barriers, or two groups of
-more registers were all slower on an H100 at K = 128 and at most 1.5 % faster at K = 64. Registers set the sizes:
-3 x 128 threads with 160 and the loader's 128 with 32 are all 65,536 of a multiprocessor.
+Inside a group nothing overlaps. On an H100 (2026-11-26) delaying p V into the next softmax was 1.5 % faster at
+K = 64 and, as it needs more registers than there are, not to be had at K = 128; two groups with more registers
+were slower at both, with or without taking turns by barriers.
+Registers set the sizes: 3 x 128 threads of 160 and the loader's 128 of 32 are all 65,536 there are.
 
-TMA walks (B, H, L, K) by strides. What lies past the end of a sample arrives as zeros and is never written: keys
-past the end need a mask on their scores, queries past the end nothing. Backward is attention.py's: same o, same lse.
+TMA walks (B, H, L, K) by strides. What lies past the end of a sample arrives as zeros and is never written:
+keys there need a mask on their scores, queries nothing. The backward is attention.py's: same o, same lse.
 """
 
 import math
@@ -129,13 +131,13 @@ def _load_all(q, k, v, q_ring, kv_ring, H, Lq, blocks):
 def _attend(rest, GROUP: gl.constexpr):
     q_ring, kv_ring, o, lse, scale, H, Lq, Lk, blocks = rest
     K: gl.constexpr = q_ring[0].shape[4]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])  # of s: a quarter of the rows
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])  # a warp. Of acc: the same rows
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)  # of p as left factor: what s's threads already hold
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])  # four warps, 16 rows each
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])  # the same rows a warp
+    P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)  # of p as a left factor: what s's threads hold anyway
     q = _filled(q_ring, GROUP)
     m = gl.full([QUERIES], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     z = gl.zeros([QUERIES], gl.float32, gl.SliceLayout(1, S))
-    acc = gl.zeros([QUERIES, K], gl.float32, O)
+    acc = gl.zeros([QUERIES, K], gl.float32, ACC)
 
     for j in range(blocks):
         k = _filled(kv_ring, 2 * j).permute((1, 0))
@@ -151,16 +153,18 @@ def _attend(rest, GROUP: gl.constexpr):
         shrink = gl.exp2(m - m_new)
         m, z = m_new, z * shrink + gl.sum(p, 1)
 
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, ACC)), 1)
         p = gl.convert_layout(p.to(q.dtype), P)
-        acc = finish(0, deps=(multiply(p, _filled(kv_ring, 2 * j + 1), acc, is_async=True),))
+        acc = multiply(p, _filled(kv_ring, 2 * j + 1), acc, is_async=True)
+        acc = finish(0, deps=(acc,))
         _release(kv_ring, 2 * j + 1)
 
     head, b, h, row = _place(H, Lq)
     i = row + GROUP * QUERIES + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, S))
     gl.store(lse + head * Lq + i, m + gl.log2(z), mask=i < Lq)
-    q.store((acc / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, O)), 1)).to(q.dtype))  # q is done with
-    fence_async_shared()  # and TMA has to see what took its place
+    acc = acc / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, ACC)), 1)
+    q.store(acc.to(q.dtype))  # nobody reads q any more
+    fence_async_shared()  # TMA has to see what took its place
     store(o, [b, h, row + GROUP * QUERIES, 0], q_ring[0].index(GROUP))
     tma.store_wait(pendings=0)
 
