@@ -18,10 +18,10 @@ barriers. `full` completes when all bytes of a tile have arrived, `free` when al
 it. Completing ends a phase of the barrier, and a wait names, by its parity, the phase that has to be over:
 t // 4, how often the ring has gone around.
 
-Inside a group nothing overlaps. On an H100 (2026-11-26) delaying p V into the next softmax was 1.5 % faster at
-K = 64 and, as it needs more registers than there are, not to be had at K = 128; two groups with more registers
-were slower at both, with or without taking turns by barriers.
-Registers set the sizes: 3 x 128 threads of 160 and the loader's 128 of 32 are all 65,536 there are.
+Inside a group nothing overlaps. On an H100 (2026-11-26) delaying p V into the next softmax was 1.5 % faster
+at K = 64, and at K = 128 it needs more registers than there are; two groups with more registers were slower
+at both, with or without taking turns by barriers. Registers set the sizes: 3 x 128 threads of 160 and the
+loader's 128 of 32 are all 65,536 there are.
 
 TMA walks (B, H, L, K) by strides. What lies past the end of a sample arrives as zeros and is never written:
 keys there need a mask on their scores, queries nothing. The backward is attention.py's: same o, same lse.
@@ -170,7 +170,7 @@ def _attend(rest, GROUP: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["H", "Lq", "Lk"])  # one compilation for all lengths
-def _kernel(q, o, k, v, lse, scale, H, Lq, Lk):
+def _forward_kernel(q, o, k, v, lse, scale, H, Lq, Lk):
     blocks = (Lk + KEYS - 1) // KEYS
     q_ring, kv_ring = _ring(q, GROUPS, 1), _ring(k, 2 * STAGES, GROUPS)
     fence_async_shared()  # TMA has to see the barriers
@@ -219,5 +219,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     o, lse = token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = [_described(x, QUERIES.value) for x in (q, o)] + [_described(x, KEYS.value) for x in (k, v)]
     programs = B * H * triton.cdiv(Lq, GROUPS.value * QUERIES.value)
-    launch(_kernel, (programs,), *tensors, lse, scale * math.log2(math.e), H, Lq, Lk, num_warps=4)
+    launch(_forward_kernel, (programs,), *tensors, lse, scale * math.log2(math.e), H, Lq, Lk, num_warps=4)
     return o, lse

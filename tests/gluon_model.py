@@ -10,10 +10,10 @@ What the chip does by itself is done as early or as late as the kernel allows:
     LAZY    loads land when somebody waits for them, products read their factors at once, the loader goes
             last: finds tiles that are read before they are there
 
-Programs run one after another, the last first. In both moods it finds deadlocks, wrong phases, wrong counts of
-arrivals or bytes, products used or left in flight, stores by TMA that nobody fenced or waited for, and wrong
-numbers. It does not see layouts, races or missing fences inside a group, registers, 32-bit offsets, or where
-the chip itself differs from its manual.
+Programs run one after another, the last first. In both moods it finds deadlocks, wrong phases, wrong counts
+of arrivals or bytes, products used or left in flight, stores by TMA that nobody fenced or waited for, and
+wrong numbers. It does not see layouts, races or missing fences inside a group, registers, 32-bit offsets, or
+where the chip itself differs from its manual.
 """
 
 import sys
@@ -336,8 +336,12 @@ MODULES = {
     "triton.experimental": SimpleNamespace(gluon=gluon),
     "triton.experimental.gluon": SimpleNamespace(language=gl),
     "triton.experimental.gluon.language.nvidia.hopper": SimpleNamespace(
-        fence_async_shared=fence, mbarrier=mbarrier, tma=tma, warpgroup_mma=multiply, warpgroup_mma_wait=finish
-    ),
+        mbarrier=mbarrier,
+        tma=tma,
+        fence_async_shared=fence,
+        warpgroup_mma=multiply,
+        warpgroup_mma_wait=finish,
+    ),  # fmt: skip
     "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=Descriptor),
 }
 
