@@ -18,6 +18,7 @@ where the chip itself differs from its manual.
 
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -30,10 +31,6 @@ from torch import Tensor
 
 class Fault(AssertionError):
     """What a kernel does wrong."""
-
-
-class Stopped(Exception):
-    """Another group has failed."""
 
 
 def require(ok: bool, message: str):
@@ -50,35 +47,17 @@ class Mood(NamedTuple):
 EAGER = Mood(True, False, (0, 1, 2, 3))
 LAZY = Mood(False, True, (3, 2, 1, 0))
 
-
-class Group(threading.local):
-    """What belongs to the group of warps, or thread, that runs."""
-
-    def __init__(self):
-        self.turns: Turns | None = None
-        self.number = 0
-        self.products: list[Product] = []  # in flight
-        self.stores: list[Callable] = []
-
-
-group = Group()
+group = threading.local()  # of warps: its turns, number, products in flight, stores not waited for
 mood, program = EAGER, 0  # of the run
-unfenced: set[tuple] = set()  # (group, what its threads wrote): TMA does not see that yet
-
-
-def fence():
-    unfenced.difference_update([entry for entry in unfenced if entry[0] == group.number])
+unfenced = defaultdict(set)  # by group, what its threads wrote: TMA does not see that yet
 
 
 def seen_by_tma(what) -> bool:
-    return all(entry[1] != what for entry in unfenced)
-
-
-# ---- whose turn it is ------------------------------------------------------------------------------------
+    return not any(what in written for written in unfenced.values())
 
 
 class Turns:
-    """Lets one thread of a program run at a time, and stops all when one fails."""
+    """A thread for each job, one of which runs at a time; all stop when one fails."""
 
     def __init__(self, jobs: list[tuple[Callable, tuple]]):
         self.can_go: dict[int, Callable[[], bool]] = {i: lambda: True for i in range(len(jobs))}
@@ -96,7 +75,7 @@ class Turns:
     def work(self, number: int, job: Callable, args: tuple):
         group.turns, group.number, group.products, group.stores = self, number, [], []
         try:
-            self.sleep(number)
+            self.sleep()
             job(*args)
             require(not group.products, "a product was left in flight")
             require(not group.stores, "a store was not waited for")
@@ -105,34 +84,28 @@ class Turns:
         del self.can_go[number]
         self.next()
 
-    def sleep(self, number: int):
-        self.wake[number].wait()
-        self.wake[number].clear()
+    def sleep(self):
+        self.wake[group.number].wait()
+        self.wake[group.number].clear()
         if self.failure:
-            raise Stopped
+            raise self.failure
 
     def next(self):
-        ready = [i for i in mood.order if i in self.can_go and (self.failure or self.can_go[i]())]
-        if self.can_go and not ready:
-            self.failure = Fault("deadlock")
-        for i in ready[:1] or list(self.can_go):
+        try:
+            ready = [i for i in mood.order if i in self.can_go and self.can_go[i]()]
+            require(bool(ready) or not self.can_go, "deadlock")
+        except BaseException as failure:
+            self.failure = self.failure or failure
+        for i in list(self.can_go)[:1] if self.failure else ready[:1]:
             self.wake[i].set()
-
-    def switch(self, can_go: Callable[[], bool]):
-        """Lets others run; comes back once can_go()."""
-        self.can_go[group.number] = can_go
-        self.next()
-        self.sleep(group.number)
 
 
 def switch(can_go: Callable[[], bool] = lambda: True):
-    if group.turns is None:  # before the groups part
-        require(can_go(), "deadlock")
-    else:
-        group.turns.switch(can_go)
-
-
-# ---- shared memory ---------------------------------------------------------------------------------------
+    """Lets other groups run; comes back once can_go()."""
+    turns: Turns = group.turns
+    turns.can_go[group.number] = can_go
+    turns.next()
+    turns.sleep()
 
 
 class Tile:
@@ -142,7 +115,6 @@ class Tile:
         self.data, self.dtype, self.shape = data, data.dtype, list(data.shape)
 
     def index(self, i: int) -> "Tile":
-        require(0 <= i < self.shape[0], f"place {i} of {self.shape[0]}")
         return Tile(self.data[i])
 
     def reshape(self, shape: list[int]) -> "Tile":
@@ -154,7 +126,7 @@ class Tile:
     def store(self, value: Tensor):
         require(value.shape == self.data.shape and value.dtype == self.dtype, "stored what does not fit")
         self.data.copy_(value)
-        unfenced.add((group.number, self.data.data_ptr()))
+        unfenced[group.number].add(self.data.data_ptr())
 
 
 class Barrier:
@@ -166,7 +138,7 @@ class Barrier:
 
     def init(self, count: int):
         self.count = self.missing = count
-        unfenced.add((group.number, self))
+        unfenced[group.number].add(self)
 
     def change(self, arrivals: int, expected: int):
         require(self.count > 0, "a barrier that was not initialized")
@@ -190,21 +162,11 @@ class Barrier:
         self.change(count, 0)
         switch()
 
-    def expect(self, size: int):
-        self.change(1, size)
 
-
-class Barriers(list):
-    index = list.__getitem__
-
-
-def allocate(dtype, shape: list[int], layout) -> Tile | Barriers:
+def allocate(dtype, shape: list[int], layout):
     if dtype == torch.int64:
-        return Barriers(Barrier() for _ in range(shape[0]))
+        return SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
     return Tile(torch.full(shape, float("nan"), dtype=dtype))
-
-
-# ---- what the chip does by itself: loads, stores, products -----------------------------------------------
 
 
 class Descriptor:
@@ -218,12 +180,10 @@ class Descriptor:
 
     def inside(self, corner: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
         """(the part of a block at corner that exists, where in the block it lies)"""
-        here, there = [], []
-        for at, length, block in zip(corner, self.view.shape, self.block_type.shape, strict=True):
-            first, end = min(max(at, 0), length), max(min(at + block, length), 0)
-            here.append(slice(first, max(first, end)))
-            there.append(slice(first - at, max(first, end) - at))
-        return self.view[tuple(here)], tuple(there)
+        sizes = zip(corner, self.view.shape, self.block_type.shape, strict=True)
+        n = [max(0, min(block, length - at)) for at, length, block in sizes]
+        here = tuple(slice(at, at + k) for at, k in zip(corner, n, strict=True))
+        return self.view[here], tuple(slice(0, k) for k in n)
 
 
 def load_tile(x: Descriptor, corner: list[int], barrier: Barrier, tile: Tile):
@@ -231,41 +191,34 @@ def load_tile(x: Descriptor, corner: list[int], barrier: Barrier, tile: Tile):
     require(seen_by_tma(barrier), "a load to a barrier that was not fenced")
 
     def land():
-        part, where = x.inside(corner)
-        tile.data.zero_()[where] = part
+        there, where = x.inside(corner)
+        tile.data.zero_()[where] = there
         barrier.change(0, -x.block_type.nbytes)
 
-    barrier.loads.append(land)
-    if mood.loads_at_once:
-        barrier.loads.pop()()
+    land() if mood.loads_at_once else barrier.loads.append(land)
 
 
 def store_tile(x: Descriptor, corner: list[int], tile: Tile):
     require(seen_by_tma(tile.data.data_ptr()), "a store of what was not fenced")
-    part, where = x.inside(corner)
-    group.stores.append(lambda: part.copy_(tile.data[where]))
-
-
-def finish_stores(pendings: int):
-    while len(group.stores) > pendings:
-        group.stores.pop(0)()
+    there, where = x.inside(corner)
+    group.stores.append(lambda: there.copy_(tile.data[where]))
 
 
 class Product:
     """left @ right + acc, on its way: no tensor until it was waited for."""
 
-    def __init__(self, left: Tile | Tensor, right: Tile, acc: Tensor | None):
+    def __init__(self, left: Tile | Tensor, right: Tile, acc: Tensor | float):
         self.factors, self.acc, self.value = (left, right), acc, None
 
     def take_place(self):
-        left, right = (x.data if isinstance(x, Tile) else x for x in self.factors)
-        out = left.float() @ right.float()
-        self.value = out if self.acc is None else self.acc + out
+        if self.value is None:
+            left, right = (x.data if isinstance(x, Tile) else x for x in self.factors)
+            self.value = self.acc + left.float() @ right.float()
 
 
-def multiply(left, right, acc, use_acc: bool = True, is_async: bool = False) -> Product:
-    require(is_async and isinstance(acc, Tensor), "a product waits, or adds to one in flight")
-    product = Product(left, right, acc if use_acc else None)
+def multiply(left, right, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
+    require(is_async, "a product that makes its group wait")
+    product = Product(left, right, acc if use_acc else 0.0)
     if mood.products_at_once:
         product.take_place()
     group.products.append(product)
@@ -274,15 +227,10 @@ def multiply(left, right, acc, use_acc: bool = True, is_async: bool = False) -> 
 
 def finish(pendings: int, deps: tuple):
     while len(group.products) > pendings:
-        product = group.products.pop(0)
-        if product.value is None:
-            product.take_place()
+        group.products.pop(0).take_place()
     require(not any(x in group.products for x in deps if isinstance(x, Product)), "a product used in flight")
     out = tuple(x.value if isinstance(x, Product) else x for x in deps)
     return out[0] if len(out) == 1 else out
-
-
-# ---- the rest of Gluon -----------------------------------------------------------------------------------
 
 
 class Pointer:
@@ -297,53 +245,38 @@ class Pointer:
 
 def store(pointer: Pointer, value: Tensor, mask: Tensor):
     at = pointer.at[mask]
-    require(bool((at >= 0).all() and (at < pointer.data.numel()).all()), "a store outside of its tensor")
+    require(bool(((at >= 0) & (at < pointer.data.numel())).all()), "a store outside of its tensor")
     pointer.data.view(-1)[at] = value[mask]
 
 
-class Constant(int):
-    value = property(int)
-
-
 def part(jobs: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]):
-    require(len(jobs) == len(warps) + 1 == len(registers) + 1, "a group without warps or registers")
     used = sum(128 * r for r in registers) + 128 * 24  # 24: the least that the first group can do with
-    require(all(w == 4 for w in warps) and used <= 65536, "more registers than there are")
+    require(warps == [4] * (len(jobs) - 1) and used <= 65536, "more registers than there are")
     Turns(jobs)
 
 
-def any_layout(*args, **fields):
-    return None
-
-
+any_layout = mock.Mock()
 gl = SimpleNamespace(
-    constexpr=Constant, float32=torch.float32, int64=torch.int64, static_range=range, cast=lambda x, _: x,
+    constexpr=type("Constant", (int,), {"value": property(int)}), float32=torch.float32, int64=torch.int64,
     NVMMASharedLayout=any_layout, NVMMADistributedLayout=any_layout, SliceLayout=any_layout,
     DotOperandLayout=any_layout, allocate_shared_memory=allocate, warp_specialize=part, store=store,
-    program_id=lambda _: program, arange=lambda start, end, layout: torch.arange(start, end),
+    static_range=range, cast=lambda x, _: x, program_id=lambda _: program,
+    arange=lambda start, end, layout: torch.arange(start, end),
     zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
     expand_dims=torch.unsqueeze, convert_layout=lambda x, _: x, where=torch.where, maximum=torch.maximum,
     max=torch.amax, sum=torch.sum, exp2=torch.exp2, log2=torch.log2, fma=lambda a, b, c: a * b + c,
 )  # fmt: skip
-mbarrier = SimpleNamespace(
-    MBarrierLayout=any_layout, init=Barrier.init, wait=Barrier.wait, expect=Barrier.expect,
-    arrive=Barrier.arrive,
-)  # fmt: skip
-tma = SimpleNamespace(async_load=load_tile, async_store=store_tile, store_wait=finish_stores)
-gluon = SimpleNamespace(jit=lambda f=None, do_not_specialize=(): f or (lambda g: g))
-MODULES = {
-    "triton.experimental": SimpleNamespace(gluon=gluon),
-    "triton.experimental.gluon": SimpleNamespace(language=gl),
-    "triton.experimental.gluon.language.nvidia.hopper": SimpleNamespace(
-        mbarrier=mbarrier,
-        tma=tma,
-        fence_async_shared=fence,
-        warpgroup_mma=multiply,
-        warpgroup_mma_wait=finish,
-    ),  # fmt: skip
-    "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=Descriptor),
-}
+mbarrier = SimpleNamespace(MBarrierLayout=any_layout, init=Barrier.init, wait=Barrier.wait)
+mbarrier.arrive, mbarrier.expect = Barrier.arrive, lambda barrier, size: barrier.change(1, size)
+tma = SimpleNamespace(async_load=load_tile, async_store=store_tile)
+tma.store_wait = lambda pendings: [group.stores.pop(0)() for _ in group.stores[pendings:]]
+gluon = SimpleNamespace(jit=lambda f=None, do_not_specialize=(): f or (lambda g: g), language=gl)
+chip = SimpleNamespace(fence_async_shared=lambda: unfenced[group.number].clear(), mbarrier=mbarrier, tma=tma)
+chip.warpgroup_mma, chip.warpgroup_mma_wait, chip.TensorDescriptor = multiply, finish, Descriptor
+GLUON = "triton.experimental.gluon"
+MODULES = {"triton.experimental": SimpleNamespace(gluon=gluon), GLUON: gluon}
+MODULES |= {f"{GLUON}.nvidia.hopper": chip, f"{GLUON}.language.nvidia.hopper": chip}
 
 
 def launch(kernel: Callable, grid: tuple[int], *args, num_warps: int):
@@ -351,17 +284,13 @@ def launch(kernel: Callable, grid: tuple[int], *args, num_warps: int):
     global program
     args = [Pointer(x) if isinstance(x, Tensor) else x for x in args]
     for program in reversed(range(*grid)):  # noqa: B007
+        group.number = -1  # before the groups part
         unfenced.clear()
         kernel(*args)
 
 
-def acted(path: Path, *bugs: tuple[str, str]) -> ModuleType:
-    """The module at path, played by the above; bugs are pairs of its text and what to put there instead."""
-    text = path.read_text()
-    for right, wrong in bugs:
-        if text.count(right) != 1:
-            raise ValueError(f"{path} has {right!r} {text.count(right)} times, not once")
-        text = text.replace(right, wrong)
+def acted(path: Path, text: str) -> ModuleType:
+    """The module at path, which reads text, played by the above."""
     module = ModuleType(path.stem)
     module.__package__ = path.parent.name
     with mock.patch.dict(sys.modules, MODULES):
