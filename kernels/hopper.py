@@ -30,12 +30,13 @@ keys there need a mask on their scores, queries nothing. The backward is attenti
 import math
 import re
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from .dispatch import INTERPRET, Absent, arch, launch, token_major, triton
+from . import dispatch
+from .dispatch import INTERPRET, Absent, arch, token_major, triton
 
 try:
     from triton.experimental import gluon
@@ -205,12 +206,17 @@ def fits(q: Tensor) -> bool:
     return arch(q) == 90 and halves and q.shape[3] in WIDTHS and not INTERPRET and _proved()
 
 
-def _described(x: Tensor, rows: int):
-    """x (B, H, L, K) for TMA, in tiles of one head and so many rows."""
-    K = x.shape[3]
-    strides = [s if n > 1 else K for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+@lru_cache(maxsize=1024)
+def _form(shape: tuple, strides: tuple, dtype: torch.dtype, rows: int):
+    """The descriptor of a (B, H, L, K) tensor, yet to be had, in tiles of one head and so many rows."""
+    K = shape[3]
+    walk = [s if n > 1 else K for s, n in zip(strides[:3], shape, strict=False)]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # what HGMMA reads
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, K], layout)
+    return TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [*walk, 1], [1, 1, rows, K], layout)
+
+
+def _described(x: Tensor, rows: int):
+    return dispatch.described(x, _form(x.shape, x.stride(), x.dtype, rows))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -219,5 +225,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     o, lse = token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = [_described(x, QUERIES.value) for x in (q, o)] + [_described(x, KEYS.value) for x in (k, v)]
     programs = B * H * triton.cdiv(Lq, GROUPS.value * QUERIES.value)
-    launch(_forward_kernel, (programs,), *tensors, lse, scale * math.log2(math.e), H, Lq, Lk, num_warps=4)
+    dispatch.launch(
+        _forward_kernel, (programs,), *tensors, lse, scale * math.log2(math.e), H, Lq, Lk, num_warps=4
+    )
     return o, lse

@@ -173,17 +173,17 @@ class Descriptor:
     """A tensor as TMA walks it: from base, by strides, zeros and nothing else outside of shape."""
 
     def __init__(self, base: Tensor, shape: list[int], strides: list[int], block: list[int], layout):
-        self.view = base.as_strided(shape, strides, base.storage_offset())
-        self.dtype, self.layout = base.dtype, layout
+        self.base, self.shape, self.strides, self.dtype = base, shape, strides, base.dtype
         size = torch.Size(block).numel() * base.element_size()
-        self.block_type = SimpleNamespace(shape=list(block), nbytes=size)
+        self.layout, self.block_type = layout, SimpleNamespace(shape=list(block), nbytes=size)
 
     def inside(self, corner: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
         """(the part of a block at corner that exists, where in the block it lies)"""
-        sizes = zip(corner, self.view.shape, self.block_type.shape, strict=True)
+        view = self.base.as_strided(self.shape, self.strides, self.base.storage_offset())
+        sizes = zip(corner, self.shape, self.block_type.shape, strict=True)
         n = [max(0, min(block, length - at)) for at, length, block in sizes]
         here = tuple(slice(at, at + k) for at, k in zip(corner, n, strict=True))
-        return self.view[here], tuple(slice(0, k) for k in n)
+        return view[here], tuple(slice(0, k) for k in n)
 
 
 def load_tile(x: Descriptor, corner: list[int], barrier: Barrier, tile: Tile):
@@ -295,5 +295,5 @@ def acted(path: Path, text: str) -> ModuleType:
     module.__package__ = path.parent.name
     with mock.patch.dict(sys.modules, MODULES):
         exec(compile(text, str(path), "exec"), module.__dict__)
-    module.launch = launch
+    module.dispatch = SimpleNamespace(**vars(module.dispatch) | {"launch": launch})
     return module
