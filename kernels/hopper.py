@@ -24,7 +24,8 @@ at both, with or without taking turns by barriers. Registers set the sizes: 3 x 
 loader's 128 of 32 are all 65,536 there are.
 
 TMA walks (B, H, L, K) by strides. What lies past the end of a sample arrives as zeros and is never written:
-keys there need a mask on their scores, queries nothing. The backward is attention.py's: same o, same lse.
+keys there need a mask on their scores, queries nothing. The backward is attention.py's: same o, same lse. One
+split like this forward is not here, because none has run on a GPU; what has: benchmarks/kernels/README.md.
 """
 
 import math
