@@ -41,8 +41,17 @@ class Tile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-# Chosen 2026-11 by the compiler's registers and spills, not timed on any chip.
-TILES = {"forward": Tile(16, 3, 8), "backward": Tile(8, 4, 2)}
+# By (architecture, pass, function): timed on an H100, 2026-11-26, benchmarks/nvidia-h100-80gb-hbm3/tune.csv.
+TILES = {
+    (90, "forward", "adaln"): Tile(16, 3, 16),
+    (90, "forward", "gated_residual"): Tile(8, 4, 16),
+    (90, "forward", "gated_residual_adaln"): Tile(8, 4, 16),
+    (90, "backward", "adaln"): Tile(16, 3, 2),
+    (90, "backward", "gated_residual"): Tile(8, 4, 1),
+    (90, "backward", "gated_residual_adaln"): Tile(16, 3, 1),
+}
+# Other chips: chosen 2026-11 by the compiler's registers and spills, not timed.
+UNTIMED = {"forward": Tile(16, 3, 8), "backward": Tile(8, 4, 2)}
 
 
 def adaln_reference(
@@ -213,9 +222,13 @@ def _plan(
     return Plan(torch.tensor(programs, dtype=torch.int32, device=device), tuple(counts), meta)
 
 
-def _planned(x: Tensor, modulation: Tensor, segments: Sequence[int] | None, step: str) -> Plan:
-    segments = None if segments is None else tuple(segments)
-    return _plan(x.shape, modulation.shape[1], segments, TILES[step], dispatch.processors(x), x.device)
+def _planned(
+    x: Tensor, gate: Tensor | None, scale: Tensor | None, segments: Sequence[int] | None, step: str
+) -> Plan:
+    function = "adaln" if gate is None else "gated_residual" if scale is None else "gated_residual_adaln"
+    tile = TILES.get((dispatch.arch(x), step, function), UNTIMED[step])
+    S, segments = (scale if gate is None else gate).shape[1], None if segments is None else tuple(segments)
+    return _plan(x.shape, S, segments, tile, dispatch.processors(x), x.device)
 
 
 def _strided(*tensors: Tensor | None) -> Iterator:
@@ -238,7 +251,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, out, mean and 1 / std of every row); without a gate h is empty, without a scale the other two."""
     outputs = _outputs(x, y, gate, scale)
-    plan = _planned(x, scale if gate is None else gate, segments, "forward")
+    plan = _planned(x, gate, scale, segments, "forward")
     tensors = *_strided(x, y, gate, scale, shift), dense(weight), dense(bias)
     _launch(_forward_kernel, x, plan, *tensors, *outputs, eps)
     return outputs
@@ -255,7 +268,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d(h) with a dout, d(y) with a gate, A and C if the norm learns and d(gate) with a y); else empty."""
     g = dh if dout is None else dout
-    plan = _planned(g, scale if gate is None else gate, segments, "backward")
+    plan = _planned(g, gate, scale, segments, "backward")
     dx, dy, sums = _gradients(g, len(plan.programs), dout, gate, learns, y)
     tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight), stats, dx, dy
     n = 2 * learns + (y is not None)

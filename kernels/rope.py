@@ -43,8 +43,16 @@ class Tile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-# Chosen 2026-11 by the compiler's registers and spills, not timed on any chip.
-TILES = {"forward": Tile(4096, 16, 3, 8), "backward": Tile(4096, 16, 3, 4)}
+# By (architecture, pass, norm): timed on an H100, 2026-11-26, benchmarks/nvidia-h100-80gb-hbm3/tune.csv.
+TILES = {
+    (90, "forward", "none"): Tile(2048, 16, 3, 4),
+    (90, "forward", "layer"): Tile(2048, 16, 3, 4),
+    (90, "forward", "rms"): Tile(2048, 16, 3, 16),
+    (90, "backward", "layer"): Tile(4096, 16, 3, 2),
+    (90, "backward", "rms"): Tile(2048, 8, 3, 2),
+}
+# Other chips: chosen 2026-11 by the compiler's registers and spills, not timed.
+UNTIMED = {"forward": Tile(4096, 16, 3, 8), "backward": Tile(4096, 16, 3, 4)}
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -234,13 +242,18 @@ def _grid(shape: tuple, tile: Tile, norm: str, processors: int) -> tuple[tuple[i
     return (triton.cdiv(L, rows), triton.cdiv(H, heads), B), rows, meta | {"num_stages": 2}
 
 
+def _planned(x: Tensor, norm: str, step: str) -> tuple[tuple[int, int, int], int, dict]:
+    tile = TILES.get((dispatch.arch(x), step, norm), UNTIMED[step])
+    return _grid(x.shape, tile, norm, dispatch.processors(x))
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     eps: float, norm: str, sign: float,
 ) -> Tensor:  # fmt: skip
     """norm: none, layer or rms; sign -1 turns backwards."""
     (_, H, L, _), out = x.shape, token_major(x)
-    grid, rows, meta = _grid(x.shape, TILES["forward"], norm, dispatch.processors(x))
+    grid, rows, meta = _planned(x, norm, "forward")
     sizes = (eps, sign, H, L, 0 if cos is None else len(cos), rows)
     dispatch.launch(
         _forward_kernel, grid, *_strided(x), dense(weight), dense(bias), cos, sin, out, *sizes, **meta
@@ -253,7 +266,7 @@ def _backward(
     learns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(d(x), fp32 (1, n) of d(weight) or, of a layer, (2, n) of it and d(bias); (0, n) unless they learn)"""
-    grid, rows, meta = _grid(x.shape, TILES["backward"], norm, dispatch.processors(x))
+    grid, rows, meta = _planned(x, norm, "backward")
     (B, H, L, K), dx, layer = x.shape, token_major(x), norm == "layer"
     sums = x.new_empty((1 + layer, grid[0] * B, H, K) if learns else (0, len(weight)), dtype=torch.float32)
     wanted = (sums[0], sums[1] if layer else None) if learns else (None, None)
