@@ -150,7 +150,7 @@ def test_reading_holds_the_chosen_frames_only(tmp_path):
     picture = blocks(360)
     path = encode(tmp_path / "a.mp4", [picture] * 100, np.arange(100) * 40, preset="ultrafast")
     script = (
-        "import resource, sys, torch; from sdv import media; torch.set_num_threads(1)\n"
+        "import resource, sys, torch; from sdv.data import media; torch.set_num_threads(1)\n"
         "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "media.read_clip(sys.argv[1], 1, 8, 64, 64); before = peak()\n"
         "media.read_clip(sys.argv[1], 5, 1.2, 64, 64); print(peak() - before)"

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdv.data.files import Hashes, digest, write_whole
-from sdv.data.media import from_uint8
+from sdv.data.pixels import from_uint8
 from sdv.data.rows import Pairs, Row, Rows
 from sdv.run import parallel
 from sdv.seeds import generator

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and are known by what is in them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,18 +8,36 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from safetensors import SafetensorError
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then flush it to disk and give it its name."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
+    """Let `write` fill a temporary file, then flush it to disk (if `durable`) and give it its name.
+
+    On a full disk, say, the old file stays, nothing else is left behind, and the OSError names the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch has one of its own
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> OSError:
+    """A failed write as one error with the path and what to do."""
+    code, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+    reason = reason or str(error).split("\n")[0]
+    fix = "free some space there" if code in FULL or "space" in reason else "see to it"
+    return OSError(code, f"{reason}; {fix}, then start again", str(path))
 
 
 def digest(*parts: object) -> str:

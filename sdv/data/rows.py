@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sdv.data import media
+from sdv.data.pixels import from_uint8, resize
 from sdv.seeds import generator
 
 PAIR = ("reference_file_name", "target_file_name")
@@ -169,9 +170,9 @@ class Pairs(Rows):
     def _view(self, path: Path, rng: torch.Generator) -> torch.Tensor:
         image = media.read_image(path)
         if not self.jitter:
-            return media.resize(image, *self.size)
+            return resize(image, *self.size)
         zoom, down, right = torch.rand(3, generator=rng).tolist()
-        return media.resize(image, *self.size, zoom=1 + self.jitter * zoom, at=(down, right))
+        return resize(image, *self.size, zoom=1 + self.jitter * zoom, at=(down, right))
 
 
 class Clips(Rows):
@@ -196,6 +197,6 @@ def to_float(item: dict) -> dict:
 
     def convert(value: object) -> object:
         pixels = isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-        return media.from_uint8(value) if pixels else value
+        return from_uint8(value) if pixels else value
 
     return {name: convert(value) for name, value in item.items()}
