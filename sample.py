@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
+from sdv.data.captions import clean_caption
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.sizes import check_size
 from sdv.lora import merge
@@ -112,6 +113,7 @@ def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    cfg = dataclasses.replace(cfg, prompt=tuple(p and clean_caption(p, "--prompt") for p in cfg.prompt))
     dtype = getattr(torch, cfg.dtype)
 
     # 1. Whatever can be wrong with the input is found before the weights are read: the sizes, the picture,

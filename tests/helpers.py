@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sdv.diagnostics import probe
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.text import Tokenizer
+from sdv.run.settings import run as run_command
 from weights.tensors import load_into, read_json
 from weights.vocabulary import read_pieces
 
@@ -97,6 +99,17 @@ def random_inputs(batch=2, frames=3, height=8, width=12, seed=1):
 
 
 # The scripts
+
+
+def status(main: Callable[[list[str]], int], *words) -> int:
+    """Exit status of a command. What it would say of an error is on stderr."""
+    try:
+        run_command(lambda: main([str(word) for word in words]))
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else 1
+    return 0
 
 
 def argv(options: dict) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import status
 from sdv.data import importers, media
 from sdv.data.__main__ import main
 from sdv.data.rows import Clips, Pairs
@@ -35,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 def run(*argv, workers: int = 0) -> int:
-    return main(["import", *map(str, argv), "--workers", str(workers)])
+    return status(main, "import", *argv, "--workers", workers)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

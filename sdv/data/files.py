@@ -4,12 +4,15 @@ import errno
 import hashlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even that of FAT
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,10 +37,20 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
 
 def unwritable(path: Path, error: Exception) -> OSError:
     """A failed write as one error with the path and what to do."""
-    code, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
-    reason = reason or str(error).split("\n")[0]
-    fix = "free some space there" if code in FULL or "space" in reason else "see to it"
-    return OSError(code, f"{reason}; {fix}, then start again", str(path))
+    hidden = re.search(r"os error (\d+)", str(error))  # safetensors says the system's number, torch chains it
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    code = int(hidden[1]) if hidden else getattr(cause, "errno", None)
+    reason = os.strerror(code) if code else str(error).split("\n")[0]
+    fix = "free some space there" if code in FULL else "see to it"
+    return OSError(f"{path}: could not be written ({reason}); {fix}, then start again")
+
+
+def parse_json(text: str | bytes) -> object:
+    """json.loads, but what is nested too deeply is a ValueError like all else that cannot be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def digest(*parts: object) -> str:
@@ -46,28 +59,47 @@ def digest(*parts: object) -> str:
 
 
 class Hashes:
-    """SHA-256 of files, remembered in a file of its own as long as their size and time of change stay.
+    """SHA-256 of files, remembered in a file of its own until something says that a file is another one.
 
-    There they have paths relative to it, so that it can be moved with them.
+    A size and a time of change can come with other contents (cp -p, rsync -t, tar). The kernel's own time of
+    the last write cannot, and a file moved into the place has another inode; both cost no more than looking.
+    Files copied to another disk are hashed again, once. There they have paths relative to the memory, so that
+    it can be moved with them.
     """
 
     def __init__(self, memory: Path):
-        self.memory = memory
+        self.memory, self.known, self.fresh, self.problem = memory, {}, set(), ""
         try:
-            self.known = json.loads(memory.read_text())
-        except (FileNotFoundError, ValueError):  # none yet, or damaged: only time is lost
-            self.known = {}
+            known = parse_json(memory.read_bytes())
+        except (OSError, ValueError):  # none yet, or damaged: only time is lost
+            return
+        if isinstance(known, dict):
+            self.known = {key: entry for key, entry in known.items() if isinstance(entry, list)}
 
     def __call__(self, path: Path) -> str:
         stat = path.stat()
-        key, state = os.path.relpath(path, self.memory.parent), [stat.st_size, stat.st_mtime_ns]
-        if self.known.get(key, [])[:2] != state:
+        key = os.path.relpath(path, self.memory.parent)
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if self.known.get(key, [])[:-1] != state:
             with open(path, "rb") as file:
                 self.known[key] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
-        return self.known[key][2]
+            if time.time_ns() - max(state[1:3]) > RECENT:
+                self.fresh.discard(key)
+            else:
+                self.fresh.add(key)
+            self.changed = True
+        return self.known[key][-1]
 
     def learn(self, paths: Iterable[Path]) -> None:
-        """Hash files in parallel, and remember them for the next run."""
+        """Hash files in parallel, and remember what is new. If that cannot be written, `problem` says so."""
+        self.changed = False
         with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
             list(pool.map(self, paths))
-        write_whole(self.memory, lambda path: path.write_text(json.dumps(self.known)))
+        if not self.changed:
+            return
+        # One just written could be written once more within the same tick of the clock.
+        lasting = {key: entry for key, entry in self.known.items() if key not in self.fresh}
+        try:
+            write_whole(self.memory, lambda path: path.write_text(json.dumps(lasting)))
+        except OSError as error:  # only time is lost
+            self.problem = str(error)

@@ -1,5 +1,6 @@
 """Sizes that a backbone can take, and the tokens that they become."""
 
+import math
 from typing import NamedTuple
 
 # What a model was trained at, and pixels, frames and latents that become one latent or token.
@@ -20,6 +21,12 @@ class Tokens(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+
+def require_least(name: str, value: float, least: float) -> None:
+    """ValueError unless a setting is a number of at least so much."""
+    if not least <= value < math.inf:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: use {least:g} or more")
 
 
 def check_size(

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdv.data.captions import clean_caption
+from sdv.data.files import parse_json
+from sdv.data.rows import find_file, read_lines
 from sdv.objectives import Losses
 from sdv.run.parallel import gather, ranks
 
@@ -111,11 +114,14 @@ def read_shots(manifest: str | Path) -> list[Shot]:
     manifest, shots = Path(manifest), []
     if not manifest.is_file():
         raise FileNotFoundError(f"{manifest}: no such file; write one object with a prompt a line")
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(manifest), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            name = row.get("reference_file_name")
-            shots.append(Shot(str(row["prompt"]), name and manifest.parent / name, int(row.get("seed", 0))))
+            row = parse_json(line.decode())
+            name, prompt = row.get("reference_file_name"), clean_caption(row["prompt"], "prompt")
+            ref = name and (find_file(manifest.parent, name) or manifest.parent / name)
+            shots.append(Shot(prompt, ref, int(row.get("seed", 0))))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '

@@ -3,13 +3,17 @@
 import argparse
 import dataclasses
 import inspect
+import io
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 
 def parse(kind: type[T], description: str, argv: Sequence[str] | None = None) -> T:
@@ -34,12 +38,24 @@ def parse(kind: type[T], description: str, argv: Sequence[str] | None = None) ->
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script. Bad input, or a loss that is not finite, ends it with one line, not a traceback."""
+def run(main: Callable[[], int | None]) -> None:
+    """Call a command. Bad input, or a loss that is not finite, ends it with one line, not a traceback.
+
+    A letter that the console cannot show is written as its number, and a closed pipe (`| head`) is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
+        status = CLOSED_PIPE
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    if status:
+        raise SystemExit(status)
 
 
 def _converter(annotation: type) -> dict:
