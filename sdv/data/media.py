@@ -6,7 +6,7 @@ be read raises one ValueError or FileNotFoundError that names it, the reason and
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from sdv.data.files import write_whole
-from sdv.data.orientation import turn_of_matrix, turn_of_picture
+from sdv.data.orientation import bare_png, turn_of_matrix, turn_of_picture
 from sdv.data.pixels import from_uint8, resize, to_uint8
 
 # swscale's quick path truncates: 1 to 1.5 levels of 255 too dark on average. This flag makes it round.
@@ -51,7 +51,8 @@ def decode_image(data: bytes, path: str | Path) -> torch.Tensor:
     with _decoding(path, "picture"):
         decoder = av.CodecContext.create(codec, "r")
         decoder.options = {"err_detect": "crccheck+explode"}  # else a torn file comes back half grey
-        frames = decoder.decode(av.Packet(data)) + decoder.decode(None)
+        packet = av.Packet(bare_png(data) if codec == "png" else data)
+        frames = decoder.decode(packet) + decoder.decode(None)
         if not frames:
             raise ValueError(f"{path}: holds no picture; replace the file")
         return turn_of_picture(data)(_rgb(frames[0], path))
@@ -89,7 +90,7 @@ class Timeline(NamedTuple):
     seconds: np.ndarray  # (n,) the same, counted from the first frame
     end: float  # seconds at which the last frame leaves the screen
     keys: list[int]  # stamps of the keyframes
-    twins: bool  # some frames have the same stamp
+    doubtful: bool  # some frames have the same stamp, or the clock goes back somewhere
 
 
 class ClipInfo(NamedTuple):
@@ -186,6 +187,7 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     """Read packets only, stopping once every frame shown up to `until` seconds has been met."""
     shown, keys, untimed = [], [], 0
     first = after = math.inf
+    clock, back = -math.inf, False
     with _opened(path) as (container, stream):
         unit, codec = stream.time_base, stream.codec_context.name
         for packet in container.demux(stream):
@@ -197,6 +199,9 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
             if packet.is_discard or _is_hidden(packet, codec):  # cut away by an edit list, or never shown
                 continue
             shown.append((packet.pts, packet.duration or 0))
+            if packet.dts is not None:
+                back |= packet.dts < clock
+                clock = packet.dts
             first = min(first, packet.pts)
             if (packet.pts - first) * unit >= until:
                 after = min(after, packet.pts)
@@ -211,18 +216,12 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     pts = np.unique(stamps)
     seconds = (pts - pts[0]) * float(unit)
     tail = max(shown)[1] * float(unit) or seconds[-1] / max(1, len(pts) - 1)
-    return Timeline(pts, seconds, float(seconds[-1] + tail), keys, twins=len(pts) < len(stamps))
+    return Timeline(pts, seconds, float(seconds[-1] + tail), keys, back or len(pts) < len(stamps))
 
 
 def _is_hidden(packet: av.Packet, codec: str) -> bool:
-    """Whether a packet holds only a frame that is never shown (RFC 6386, 9.1; VP9 6.2 and annex B)."""
-    if codec not in ("vp8", "vp9") or not packet.size:
-        return False
-    data = memoryview(packet)
-    if codec == "vp8":
-        return not data[0] & 0x10
-    together = data[-1] & 0xE0 == 0xC0  # a hidden frame and a shown one
-    return not together and data[0] & 0xF0 != 0xB0 and not data[0] & 0x0A  # shows no older frame, nor itself
+    """Whether a packet is a frame of VP8 that others are predicted from, never shown (RFC 6386, 9.1)."""
+    return codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10
 
 
 def _decode(
@@ -234,11 +233,12 @@ def _decode(
     after all, the stamps are wrong, and so may be those of the frames that were taken.
     """
     key = max((pts for pts in line.keys if pts <= min(stamps)), default=None)
-    for start in dict.fromkeys((key, None)):
-        missing, shown, place, doubt, more = set(stamps), {}, None, line.twins, 0
+    for start in dict.fromkeys((None if line.doubtful else key, None)):
+        missing, shown, place, doubt, more = set(stamps), {}, None, line.doubtful, 0
         with _opened(path) as (container, stream):
             if start is not None:
-                container.seek(start, stream=stream)
+                with suppress(av.FFmpegError):  # no index: it is read from its start
+                    container.seek(start, stream=stream)
             for frame in _rising(container.decode(stream), path):
                 place = int(np.searchsorted(line.pts, frame.pts)) if place is None else place + 1
                 doubt |= place < len(line.pts) and bool(line.pts[place] != frame.pts)

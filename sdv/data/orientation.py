@@ -16,6 +16,7 @@ EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # how their JPEG seg
 PREFIX = re.compile(rb"\A(?:Exif\0\0)+")  # out of a JPEG, it stays on in some WebP
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])")
 ORIENTATION = 0x0112  # the tag
+NOTES = {b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"tIME"}  # chunks that say nothing of the pixels
 WIDTHS = {1: 1, 3: 2, 4: 4}  # bytes of a TIFF value: BYTE, SHORT, LONG
 MOST_TEXT = 2**20  # bytes that a compressed text of a PNG may unpack to
 
@@ -51,6 +52,17 @@ def turn_of_picture(data: bytes) -> Turn:
     orientation = found if 1 <= found <= 8 else 1
     quarter = (orientation - 1) % 4
     return Turn(orientation > 4, quarter in (2, 3), quarter in (1, 2))
+
+
+def bare_png(data: bytes) -> bytes:
+    """A PNG without its notes: FFmpeg, told to refuse damage, refuses a picture for the EXIF beside it."""
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in NOTES:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _tiff_orientation(tiff: bytes) -> int | None:

@@ -76,4 +76,5 @@ def _taps(length: int, resized: int, start: int, count: int) -> Taps:
 def _cut_and_enlarge(images: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
     """A part of a resized picture, made without the rest of it; a level of 255 beside torch's at most."""
     part = images[..., rows.source, columns.source].float()
-    return (rows.weights @ part @ columns.weights.T).round_().clamp_(0, 255).to(torch.uint8)
+    part = (part @ columns.weights.T).round_().clamp_(0, 255)  # torch keeps bytes between the two, too
+    return (rows.weights @ part).round_().clamp_(0, 255).to(torch.uint8)
