@@ -1,18 +1,18 @@
 """One picture of a subject and a prompt -> a video of that subject.
 
-    python sample.py --backbone CogVideoX-5b --adapter adapter.safetensors \
+    python sample.py --backbone CogVideoX-5b --adapter adapter.safetensors \\
         --ref dog.jpg --prompt "a white dog runs along a beach" --out out/samples
+    python sample.py ... --manifest shots.jsonl     # lines {"prompt", "reference_file_name", "seed"}
 
-Several prompts and several seeds share one load. Without --ref it is plain text-to-video. A seed means the
-same noise on every machine, because noise is drawn on the CPU.
+Several prompts, seeds and references share one load. Without a reference it is plain text-to-video. A seed
+means the same noise on every machine, because noise is drawn on the CPU. A film that is there already is
+kept, so that the same command goes on where it was stopped.
 """
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -22,37 +22,50 @@ from tqdm import tqdm
 
 import weights
 from sdv.data.captions import clean_caption
+from sdv.data.files import write_whole
 from sdv.data.media import fit, read_image, write_video
-from sdv.data.sizes import check_size
+from sdv.data.sizes import with_model_defaults
 from sdv.lora import merge
-from sdv.run.settings import parse, run
+from sdv.run.films import Shot, film_names, list_film, read_shots
+from sdv.run.settings import DEVICE, DTYPE, Count, NotNegative, Positive, Rate, Seed, check_device, parse, run
 from sdv.schedule import guidance
 from sdv.seeds import generator, normal
 
 
 @dataclass(frozen=True)
-class Config:
+class Film:
+    """what to film"""
+
     backbone: str  # checkpoint folder in the diffusers layout
-    prompt: tuple[str, ...]  # one or more
+    prompt: tuple[str, ...] = ()  # one or more
     ref: str = ""  # picture of the subject; none: text-to-video
-    adapter: str = ""  # LoRA file; none: the base model
-    lora_alpha: float | None = None  # for an adapter file that does not say it
-    merge: bool = False  # fold the adapter into the weights: faster, but rounded to their dtype
-    negative: str | None = None  # what to move away from; the model's own words if not given
-    out: str = "out/samples"  # folder for the MP4 files
-    seed: tuple[int, ...] = (0,)  # one or more
-    steps: int = 50  # denoising steps
-    sampler: str = ""  # CogVideoX: ddim or dpm; Wan: unipc or euler; the checkpoint's own if not given
-    guidance: float | None = None  # the model's own if not given
-    dynamic_guidance: bool = False  # the vendor's cosine guidance
-    height: int | None = None  # pixels; sizes and rate are the model's own if not given
-    width: int | None = None  # pixels
-    frames: int | None = None  # 4k + 1
-    fps: float | None = None  # of the written file
+    seed: tuple[Seed, ...] = (0,)  # one or more
+    manifest: str = ""  # a list of films instead of the three above
     ref_fit: Literal["crop", "pad"] = "crop"  # reference to the size: cut, or white borders (paper's tests)
+    adapter: str = ""  # LoRA file; none: the base model
+    lora_alpha: Positive | None = None  # for an --adapter that does not say its alpha
+    out: str = "out/samples"  # folder for the MP4 files
+    height: Count | None = None  # pixels; sizes and rate are the model's own if not given
+    width: Count | None = None  # pixels
+    frames: Count | None = None  # 4k + 1
+    fps: Rate | None = None  # of the written file
+
+
+@dataclass(frozen=True)
+class Config(Film):
+    """how it is sampled"""
+
+    steps: Count = 50  # denoising steps
+    sampler: str = ""  # CogVideoX: ddim or dpm; Wan: unipc or euler; the checkpoint's own if not given
+    guidance: NotNegative | None = None  # on the text; 1: none, half the time; the model's own if not given
+    ref_guidance: NotNegative = 1.0  # on the reference; 1: none (paper)
+    dynamic_guidance: bool = False  # the vendor's cosine guidance on the text
+    negative: str | None = None  # what to move away from; the model's own words if not given
+    merge: bool = False  # fold the adapter into the weights: faster, but rounded to their dtype
+    compile: bool = False  # torch.compile of each block: the first film waits for it
     tiling: bool = False  # decode in spatial tiles: less memory
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where it runs
-    dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"  # of networks; the sampler is fp32
+    device: str = DEVICE  # where it runs
+    dtype: Literal["bfloat16", "float32"] = DTYPE  # of networks; the sampler is fp32
 
 
 # ── The loop ────────────────────────────────────────────────────────────────────────────────────────────
@@ -70,20 +83,38 @@ def generate(
 ) -> Tensor:
     """Clips (B, 3, T, H, W) in [-1, 1] under texts (B, L, D) and references (B, C, 1, H', W') or None.
 
-    blank (1, L, D) is the negative prompt. Guidance is on the text only: the reference stands in both halves,
-    so the subject is never argued away. The network is called as in training.
+    blank (1, L, D) is the negative prompt. The network is called as in training, once more for each guidance:
+
+        pred = e(text, ref) + (w - 1) [e(text, ref) - e(blank, ref)]
+                            + (v - 1) [e(text, ref) - e(text, no ref)]
+
+    w is the paper's guidance on the text: the reference stands on both sides, so that the subject is never
+    argued away. v is guidance on the reference, which the paper has not; its image-token dropout has trained
+    the branch without one. Dual guidance elsewhere (arXiv 2211.09800) gives up text and picture one after the
+    other; here each is given up alone, so that 1 turns either of them off.
     """
     dit, schedule = backbone.dit, backbone.schedule
     rngs = [generator(seed) for seed in seeds]
     noise = normal((len(rngs), *latent_shape(backbone.layout, cfg)), rngs).to(cfg.device)
-    texts = torch.cat([blank.expand_as(texts), texts]).to(dit.dtype)
-    refs = None if refs is None else torch.cat([refs, refs]).to(dit.dtype)
+    texts, blanks = texts.to(dit.dtype), blank.expand_as(texts).to(dit.dtype)
+    refs = None if refs is None else refs.to(dit.dtype)
+    none = torch.empty(0, dtype=torch.long)  # tokens of the reference that stay, as dropout leaves them
 
-    def denoise(x: Tensor, t: int, i: int) -> Tensor:
-        both, times = torch.cat([x, x]).to(dit.dtype), torch.full((2 * len(x),), t, device=x.device)
-        uncond, cond = dit(both, times, texts, refs).float().chunk(2)
+    def denoise(x: Tensor, t: float, i: int) -> Tensor:
+        x, times = x.to(dit.dtype), torch.full((len(x),), t, device=x.device)
+        pred = cond = dit(x, times, texts, refs).float()
+        w = guidance(cfg.guidance, t, cfg.steps, cfg.dynamic_guidance)
+        if w != 1:
+            pred = pred + (w - 1) * (cond - dit(x, times, blanks, refs).float())
+        if refs is not None and cfg.ref_guidance != 1:
+            pred = pred + (cfg.ref_guidance - 1) * (cond - dit(x, times, texts, refs, none).float())
+        if not pred.isfinite().all():
+            raise FloatingPointError(
+                f"denoising step {i + 1} of {cfg.steps}: the prediction is not finite. Look at the adapter "
+                "and its strength, or try --dtype float32"
+            )
         progress()
-        return uncond + guidance(cfg.guidance, t, cfg.steps, cfg.dynamic_guidance) * (cond - uncond)
+        return pred
 
     sampler = schedule.samplers[cfg.sampler or schedule.default_sampler]
     latents = sampler(schedule, denoise, noise, cfg.steps, rngs).to(dit.dtype)  # (B, C, T', H', W')
@@ -99,13 +130,33 @@ def latent_shape(layout: weights.Layout, cfg: Config) -> tuple[int, int, int, in
 
 def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
     """Fill what was not given with the model's own values; refuse what cannot be before loading."""
-    missing = [name for name, value in vars(cfg).items() if value is None and hasattr(layout, name)]
-    cfg = dataclasses.replace(cfg, **{name: getattr(layout, name) for name in missing})
-    check_size(cfg.height, cfg.width, cfg.frames, layout.spatial_ratio, layout.temporal_ratio, layout.patch)
+    cfg = with_model_defaults(cfg, layout)
     layout.schedule.timesteps(cfg.steps)
     if cfg.sampler not in ("", *layout.schedule.samplers):
         raise ValueError(f"--sampler {cfg.sampler}: this model has {', '.join(layout.schedule.samplers)}")
     return cfg
+
+
+# ── The films ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def wanted(cfg: Config) -> list[Shot]:
+    """The films that are asked for, by prompts and seeds or by a manifest."""
+    if bool(cfg.prompt) == bool(cfg.manifest) or (cfg.manifest and cfg.ref):
+        raise ValueError("give --prompt, with --ref and --seed, or --manifest, which names all three")
+    if not cfg.adapter and (cfg.merge or cfg.lora_alpha is not None):
+        raise ValueError("--merge and --lora-alpha are about an adapter: give --adapter as well")
+    if cfg.manifest:
+        shots = read_shots(cfg.manifest)
+    else:
+        ref = Path(cfg.ref) if cfg.ref else None
+        prompts = [prompt and clean_caption(prompt, "--prompt") for prompt in cfg.prompt]
+        shots = [Shot(prompt, ref, seed) for prompt in prompts for seed in cfg.seed]
+    if cfg.ref_guidance != 1 and not any(shot.ref for shot in shots):
+        raise ValueError(
+            f"--ref-guidance {cfg.ref_guidance:g}: there is no reference to be guided by; give --ref"
+        )
+    return shots
 
 
 # ── The script ──────────────────────────────────────────────────────────────────────────────────────────
@@ -113,46 +164,58 @@ def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
 
 def main() -> None:
     cfg = parse(Config, __doc__)
-    cfg = dataclasses.replace(cfg, prompt=tuple(p and clean_caption(p, "--prompt") for p in cfg.prompt))
-    dtype = getattr(torch, cfg.dtype)
+    dtype, out = getattr(torch, cfg.dtype), Path(cfg.out)
 
-    # 1. Whatever can be wrong with the input is found before the weights are read: the sizes, the picture,
+    # 1. Whatever can be wrong with the input is found before the weights are read: the sizes, the pictures,
     #    and the adapter, which is tried on a model without memory.
+    shots = wanted(cfg)
+    check_device(cfg.device)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
-    picture = fit(read_image(cfg.ref), cfg.height, cfg.width, cfg.ref_fit) if cfg.ref else None
+    pictures = {
+        shot.ref: fit(read_image(shot.ref), cfg.height, cfg.width, cfg.ref_fit) for shot in shots if shot.ref
+    }
     if cfg.adapter:
         with torch.device("meta"):
             print(weights.load_adapter(layout.parts["dit"].build(), cfg.adapter, cfg.lora_alpha))
+    films = dict(zip(film_names(shots, dataclasses.asdict(cfg)), shots, strict=True))
+    for name in [name for name in films if (out / name).exists()]:
+        print(f"{out / name} is there already and is kept")
+        list_film(out, name, films.pop(name))
+    if not films:
+        return
 
     # 2. The text encoder is as large as the transformer and is needed once: it goes before the other comes.
     text = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts=("text",)).text
-    texts = {prompt: text([prompt]) for prompt in (*cfg.prompt, cfg.negative)}
+    texts = {prompt: text([prompt]) for prompt in {cfg.negative, *(shot.prompt for shot in films.values())}}
     del text
 
-    # 3. The rest of the model, and the reference as one clean latent frame.
+    # 3. The rest of the model, and each reference as one clean latent frame.
     backbone = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts=("dit", "vae"))
-    backbone.vae.tiling = cfg.tiling
     if cfg.adapter:
         weights.load_adapter(backbone.dit, cfg.adapter, cfg.lora_alpha)
     if cfg.merge:
         merge(backbone.dit)
-    ref = None
-    if picture is not None:
-        with torch.no_grad():
-            ref = backbone.vae.encode(picture[None, :, None].to(cfg.device, dtype))
+    if cfg.compile:
+        for block in backbone.dit.blocks:
+            block.compile()
+    with torch.no_grad():
+        refs = {
+            ref: backbone.vae.encode(picture[None, :, None].to(cfg.device, dtype))
+            for ref, picture in pictures.items()
+        }
+    backbone.vae.tiling = cfg.tiling  # of films alone: a picture fits
 
-    # 4. One video for every prompt and seed.
-    jobs = list(product(enumerate(cfg.prompt), cfg.seed))
-    bar = tqdm(total=len(jobs) * cfg.steps, unit="step")
-    for (number, prompt), seed in jobs:
+    # 4. The films, one by one.
+    bar = tqdm(total=len(films) * cfg.steps, unit="step")
+    for name, shot in films.items():
         start = time.perf_counter()
-        (clip,) = generate(backbone, texts[prompt], texts[cfg.negative], ref, cfg, [seed], bar.update)
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
-        path = Path(cfg.out) / f"{number:02d}-seed{seed}-{words}.mp4"
-        write_video(path, clip, cfg.fps)
+        prompts = texts[shot.prompt], texts[cfg.negative]
+        (clip,) = generate(backbone, *prompts, refs.get(shot.ref), cfg, [shot.seed], bar.update)
+        write_whole(out / name, lambda to, clip=clip: write_video(to, clip, cfg.fps))
+        list_film(out, name, shot)
         seconds = time.perf_counter() - start
-        bar.write(f"{path}  {cfg.frames} frames {cfg.width}x{cfg.height}  {seconds:.1f} s")
+        bar.write(f"{out / name}  {cfg.frames} frames {cfg.width}x{cfg.height}  {seconds:.1f} s")
     bar.close()
 
 

@@ -20,6 +20,7 @@ are added in the order of the programs. No atomics: the same bits every time. n 
     d(x) = d(h)                   d(y) = gate d(h)                d(gate) = sum d(h) y
 """
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import launch, processors, require, run, tl, triton, use_triton, wide
+from . import dispatch
+from .dispatch import dense, require, tl, triton, want, wide
 
 Segments = tuple[int, ...] | None
 WIDEST = 16384  # a row lives in the registers of one program
@@ -142,8 +144,9 @@ def _forward_kernel(x, xS, y, yS, gate, gateS, scale, scaleS, shift, shiftS, wei
 
 @triton.jit
 def _backward_kernel(dh, dhS, dout, doutS, h, hS, y, yS, gate, gateS, scale, scaleS, weight, stats, dx, dy,
-                     sums, gate_sums, plan, L, D, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """sums (B, programs, 2, D) take the partial A and C, gate_sums (B, programs, D) the partial d(gate)."""
+                     sums, plan, L, D, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
+    """sums (B, programs, SUMS, D) take partial sums: of A and C, of d(gate), of all three, or of none."""
     p, b, d = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     segment, first, end = tl.load(plan + p * 3), tl.load(plan + p * 3 + 1), tl.load(plan + p * 3 + 2)
     a_sum = tl.zeros([BLOCK], tl.float32)
@@ -167,119 +170,111 @@ def _backward_kernel(dh, dhS, dout, doutS, h, hS, y, yS, gate, gateS, scale, sca
             w_sum, wn_sum = tl.split(tl.sum(tl.join(w, w * n), 0))  # one exchange between warps, not two
             total += (w - w_sum / D - n * (wn_sum / D)) * rstd
             _put(dx, token, d, D, total)
-            if sums is not None:
+            if SUMS >= 2:
                 a_sum += grad * n
                 c_sum += grad
         if gate is not None:
             _put(dy, token, d, D, gate_row * total)
-            if gate_sums is not None:
+            if SUMS % 2 == 1:
                 gate_sum += total * _row(y, yS, b, i, d, D)
 
-    slot = tl.cast(b, tl.int64) * tl.num_programs(0) + p
-    if sums is not None:
-        _put(sums, slot * 2, d, D, a_sum)
-        _put(sums, slot * 2 + 1, d, D, c_sum)
-    if gate_sums is not None:
-        _put(gate_sums, slot, d, D, gate_sum)
+    slot = (tl.cast(b, tl.int64) * tl.num_programs(0) + p) * SUMS
+    if SUMS >= 2:
+        _put(sums, slot, d, D, a_sum)
+        _put(sums, slot + 1, d, D, c_sum)
+    if SUMS % 2 == 1:
+        _put(sums, slot + SUMS - 1, d, D, gate_sum)
 
 
 # ---- from torch to the kernels and back ------------------------------------------------------------------
 
 
+class Plan(NamedTuple):
+    programs: Tensor  # (segment, first row, end) of each
+    counts: tuple[int, ...]  # programs of each segment
+    meta: dict  # the constants of the launch
+
+
 @lru_cache(maxsize=256)
-def _cut(L: int, S: int, segments: Segments, programs: int, device: torch.device) -> tuple[Tensor, tuple]:
-    """((segment, first row, end) of each program, programs per segment), about `programs` in all."""
-    rows = triton.cdiv(L, max(1, programs - S + 1))
-    plan, counts, start = [], [], 0
+def _plan(
+    shape: tuple, S: int, segments: Segments, tile: Tile, processors: int, device: torch.device
+) -> Plan:
+    """About tile.programs for each multiprocessor, and at least one for each segment and sample."""
+    B, L, D = shape
+    rows = triton.cdiv(L, max(1, tile.programs * processors // B - S + 1))
+    programs, counts, start = [], [], 0
     for s, n in enumerate(segments or [L // S] * S):
         cuts = range(start, start + max(n, 1), rows)  # an empty segment has a program too: its sums are zero
-        plan += [(s, cut, min(cut + rows, start + n)) for cut in cuts]
+        programs += [(s, cut, min(cut + rows, start + n)) for cut in cuts]
         counts, start = [*counts, len(cuts)], start + n
-    return torch.tensor(plan, dtype=torch.int32, device=device), tuple(counts)
-
-
-def _strided(x: Tensor | None) -> tuple:
-    """A (B, any, D) tensor as a kernel takes it: (pointer, strides of the first two)."""
-    if x is not None and x.stride(2) != 1:  # a stride-0 gradient, for one
-        x = x.contiguous()
-    return x, (0, 0) if x is None else x.stride()[:2]
-
-
-def _add_up(sums: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(B, programs, ..) -> (B, S, ..), in the order of the programs."""
-    if not sums.numel() or max(counts) == 1:
-        return sums
-    return torch.stack([part.sum(1) for part in sums.split(counts, 1)], 1)
-
-
-def _plan(x: Tensor, modulation: Tensor, segments: list[int] | None, tile: Tile) -> tuple[Tensor, tuple]:
-    B, L, _ = x.shape
-    segments = None if segments is None else tuple(segments)
-    return _cut(L, modulation.shape[1], segments, tile.programs * processors(x) // B, x.device)
-
-
-def _launch(kernel, x: Tensor, tile: Tile, plan: Tensor, *arguments):
-    B, L, D = x.shape
     block = triton.next_power_of_2(D)
     warps = min(max(block // (32 * tile.per_thread), 1), 16)
     meta = {"BLOCK": block, "STAGES": tile.stages, "num_warps": warps, "num_stages": 2}
-    launch(kernel, (len(plan), B), *arguments, plan, L, D, **meta)
+    return Plan(torch.tensor(programs, dtype=torch.int32, device=device), tuple(counts), meta)
 
 
-def _empty(x: Tensor, gated: bool, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    stats = x.new_empty((*x.shape[:2], 2) if normed else 0, dtype=torch.float32)
-    return x.new_empty(x.shape if gated else 0), x.new_empty(x.shape if normed else 0), stats
+def _planned(x: Tensor, modulation: Tensor, segments: Sequence[int] | None, step: str) -> Plan:
+    segments = None if segments is None else tuple(segments)
+    return _plan(x.shape, modulation.shape[1], segments, TILES[step], dispatch.processors(x), x.device)
+
+
+def _strided(*tensors: Tensor | None) -> Iterator:
+    """(B, any, D) tensors as a kernel takes them: pointer, strides of the first two, and the next."""
+    for x in tensors:
+        if x is not None and x.stride(2) != 1:  # a stride-0 gradient, for one
+            x = x.contiguous()
+        yield x
+        yield (0, 0) if x is None else x.stride()[:2]
+
+
+def _launch(kernel, x: Tensor, plan: Plan, *arguments, **meta):
+    B, L, D = x.shape
+    dispatch.launch(kernel, (len(plan.programs), B), *arguments, plan.programs, L, D, **meta, **plan.meta)
 
 
 def _forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, segments: list[int] | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, segments: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, out, mean and 1 / std of every row); without a gate h is empty, without a scale the other two."""
-    h, out, stats = _empty(x, gate is not None, scale is not None)
-    plan, _ = _plan(x, scale if gate is None else gate, segments, TILES["forward"])
-    tensors = [part for t in (x, y, gate, scale, shift) for part in _strided(t)]
-    _launch(_forward_kernel, x, TILES["forward"], plan, *tensors, weight, bias, h, out, stats, eps)
-    return h, out, stats
+    outputs = _outputs(x, y, gate, scale)
+    plan = _planned(x, scale if gate is None else gate, segments, "forward")
+    tensors = *_strided(x, y, gate, scale, shift), dense(weight), dense(bias)
+    _launch(_forward_kernel, x, plan, *tensors, *outputs, eps)
+    return outputs
+
+
+def _outputs(x: Tensor, y, gate, scale, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    h, out = (x.new_empty(0 if modulation is None else x.shape) for modulation in (gate, scale))
+    return h, out, x.new_empty(0 if scale is None else (*x.shape[:2], 2), dtype=torch.float32)
 
 
 def _backward(
     dh: Tensor | None, dout: Tensor | None, h: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, weight: Tensor | None, stats: Tensor, segments: list[int] | None, sums_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d(h) with a dout, d(y) with a gate, (A, C) if sums_wanted, d(gate) with a y; else empty."""
-    g, m = dh if dout is None else dout, scale if gate is None else gate
-    plan, counts = _plan(g, m, segments, TILES["backward"])
-    shape = g.shape[0], len(plan), 2, g.shape[2]
-    dx, dy, sums, gate_sums = _gradients(
-        g, shape, dout is not None, gate is not None, sums_wanted, y is not None
-    )
-    tensors = [part for t in (dh, dout, h, y, gate, scale) for part in _strided(t)]
-    wanted = (s if s.numel() else None for s in (sums, gate_sums))
-    _launch(_backward_kernel, g, TILES["backward"], plan, *tensors, weight, stats, dx, dy, *wanted)
-    return dx, dy, _add_up(sums, counts), _add_up(gate_sums, counts)
+    scale: Tensor | None, weight: Tensor | None, stats: Tensor, segments: Sequence[int] | None, learns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d(h) with a dout, d(y) with a gate, A and C if the norm learns and d(gate) with a y); else empty."""
+    g = dh if dout is None else dout
+    plan = _planned(g, scale if gate is None else gate, segments, "backward")
+    dx, dy, sums = _gradients(g, len(plan.programs), dout, gate, learns, y)
+    tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight), stats, dx, dy
+    n = 2 * learns + (y is not None)
+    _launch(_backward_kernel, g, plan, *tensors, sums if n else None, SUMS=n)
+    if n and max(plan.counts) > 1:  # in the order of the programs
+        sums = torch.stack([part.sum(1) for part in sums.split(plan.counts, 1)], 1)
+    return dx, dy, sums
 
 
-def _gradients(g: Tensor, shape: tuple, normed: bool, gated: bool, sums: bool, gate_sums: bool):
-    dx, dy = (g.new_empty(g.shape if wanted else 0) for wanted in (normed, gated))
-    B, n, _, D = shape
-    sums = g.new_empty(shape if sums else 0, dtype=torch.float32)
-    return dx, dy, sums, g.new_empty((B, n, D) if gate_sums else 0, dtype=torch.float32)
+def _gradients(g: Tensor, n: int, dout, gate, learns: bool, y) -> tuple[Tensor, Tensor, Tensor]:
+    """What backward returns, yet to be filled, for n segments or programs."""
+    B, _, D = g.shape
+    dx, dy = (g.new_empty(0 if cause is None else g.shape) for cause in (dout, gate))
+    return dx, dy, g.new_empty((B, n, 2 * learns + (y is not None), D), dtype=torch.float32)
 
 
-_adaln = torch.library.custom_op("sdv::adaln", _forward, mutates_args=())
-_adaln_backward = torch.library.custom_op("sdv::adaln_backward", _backward, mutates_args=())
-
-
-@_adaln.register_fake
-def _(x, y, gate, scale, shift, weight, bias, eps, segments):
-    return _empty(x, gate is not None, scale is not None)
-
-
-@_adaln_backward.register_fake
-def _(dh, dout, h, y, gate, scale, weight, stats, segments, sums_wanted):
-    g, (B, S, D) = dh if dout is None else dout, (scale if gate is None else gate).shape
-    return _gradients(g, (B, S, 2, D), dout is not None, gate is not None, sums_wanted, y is not None)
+def _fake_backward(dh, dout, h, y, gate, scale, weight, stats, segments, learns):
+    segments = (scale if gate is None else gate).shape[1]
+    return _gradients(dh if dout is None else dout, segments, dout, gate, learns, y)
 
 
 def _save(ctx, inputs, output):
@@ -301,19 +296,21 @@ def _grads(ctx, dh, dout, _dstats):
     if dh is None and dout is None:
         return (None,) * 9
     learns = dout is not None and any(ctx.needs_input_grad[3:7])
-    dx, dy, sums, dgate = _adaln_backward(dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns)
-    dx, dy, dgate = dh if dout is None else dx, None if gate is None else dy, None if y is None else dgate
-    if not sums.numel():
+    dx, dy, sums = _adaln_backward(dh, dout, h, y, gate, scale, weight, stats, ctx.segments, learns)
+    dx, dy, sums = dh if dout is None else dx, None if gate is None else dy, sums.unbind(2)
+    dgate = None if y is None else sums[-1]
+    if not learns:
         return dx, dy, dgate, *(None,) * 6
-    a, c = sums.unbind(2)
+    a, c = sums[:2]
     dscale = a if weight is None else weight * a
     dscale = dscale if bias is None else dscale + bias * c
-    dweight = None if weight is None else ((1 + scale.float()) * a).sum((0, 1))
-    dbias = None if bias is None else ((1 + scale.float()) * c).sum((0, 1))
+    factor = 1 + scale.float()
+    dweight, dbias = (None if p is None else (factor * s).sum((0, 1)) for p, s in ((weight, a), (bias, c)))
     return dx, dy, dgate, dscale, c, dweight, dbias, None, None
 
 
-_adaln.register_autograd(_grads, setup_context=_save)
+_adaln = dispatch.operator("adaln", _forward, _outputs, _save, _grads)
+_adaln_backward = dispatch.operator("adaln_backward", _backward, _fake_backward)
 
 
 # ---- the contract ----------------------------------------------------------------------------------------
@@ -328,17 +325,17 @@ def adaln(
     segments: S lengths that sum to L, each with its scale and shift; None takes S = 1 or S = L (one a token).
     """
     _check("adaln", x, None, segments, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
-    if not use_triton(x):
+    if not dispatch.use_triton(x):
         return adaln_reference(x, scale, shift, weight, bias, eps, segments)
-    return run(_adaln, x, None, None, scale, shift, weight, bias, eps, segments and list(segments))[1]
+    return _adaln(x, None, None, scale, shift, weight, bias, eps, segments)[1]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, segments: Segments = None) -> Tensor:
     """x + gate * y. x, y (B, L, D); gate (B, S, D); segments as in `adaln`."""
     _check("gated_residual", x, y, segments, {"gate": gate}, {})
-    if not use_triton(x):
+    if not dispatch.use_triton(x):
         return gated_residual_reference(x, y, gate, segments)
-    return run(_adaln, x, y, gate, None, None, None, None, 0.0, segments and list(segments))[0]
+    return _adaln(x, y, gate, None, None, None, None, 0.0, segments)[0]
 
 
 def gated_residual_adaln(
@@ -348,29 +345,34 @@ def gated_residual_adaln(
     """(h, adaln(h)) of h = x + gate * y: the residual stream and what the next linear reads, in one pass."""
     modulation = {"gate": gate, "scale": scale, "shift": shift}
     _check("gated_residual_adaln", x, y, segments, modulation, {"weight": weight, "bias": bias})
-    if not use_triton(x):
+    if not dispatch.use_triton(x):
         return gated_residual_adaln_reference(x, y, gate, scale, shift, weight, bias, eps, segments)
-    return run(_adaln, x, y, gate, scale, shift, weight, bias, eps, segments and list(segments))[:2]
+    return _adaln(x, y, gate, scale, shift, weight, bias, eps, segments)[:2]
 
 
 def _check(
     name: str, x: Tensor, y: Tensor | None, segments: Segments, modulation: dict[str, Tensor],
     affine: dict[str, Tensor | None],
 ):  # fmt: skip
-    require(x.ndim == 3 and x.shape[1] > 0, f"{name}: want x (B, L, D), L of 1 or more, got {tuple(x.shape)}")
-    (B, L, D), rest = x.shape, [t for t in (y, *modulation.values(), *affine.values()) if t is not None]
-    require(D <= WIDEST, f"{name}: D = {D} is wider than {WIDEST}")
-    require(all(t.device == x.device for t in rest), f"{name}: its tensors are on several devices")
+    got = tuple(x.shape)
+    require(len(got) == 3 and got[1] > 0, lambda: f"{name}: want x (B, L, D), L of 1 or more, got {got}")
+    (B, L, D), rest = got, (y, *modulation.values(), *affine.values())
+    require(D <= WIDEST, lambda: f"{name}: D = {D} is wider than {WIDEST}")
+    together = all(t is None or t.device == x.device for t in rest)
+    require(together, lambda: f"{name}: its tensors are on several devices")
     if y is not None:
-        alike = y.shape == x.shape and y.dtype == x.dtype
-        require(alike, f"{name}: x {x.dtype} {tuple(x.shape)} and y {y.dtype} {tuple(y.shape)} differ")
+        alike = y.shape == got and y.dtype == x.dtype
+        require(alike, lambda: f"{name}: x {x.dtype} {got} and y {y.dtype} {tuple(y.shape)} differ")
     if segments is None:
         S = next(iter(modulation.values())).shape[1]
-        require(S in (1, L), f"{name}: {S} modulations for {L} tokens: say whose they are with segments")
+        require(
+            S in (1, L), lambda: f"{name}: {S} modulations for {L} tokens: say whose they are with segments"
+        )
     else:
         S, ok = len(segments), sum(segments) == L and min(segments) >= 0
-        require(ok, f"{name}: segments {tuple(segments)} do not sum to the {L} tokens of x")
+        require(ok, lambda: f"{name}: segments {tuple(segments)} do not sum to the {L} tokens of x")
     for key, m in modulation.items():
-        require(m.shape == (B, S, D), f"{name}: {key} {tuple(m.shape)}: want (B, S, D) = {(B, S, D)}")
+        want(name, key, m, (B, S, D))
     for key, p in affine.items():
-        require(p is None or p.shape == (D,), f"{name}: {key} is not of shape ({D},)")
+        if p is not None:
+            want(name, key, p, (D,))

@@ -1,10 +1,11 @@
 """Times each kernel at the sizes of CogVideoX-5B and Wan2.2-5B, beside its peers and the ceilings of the box.
 
     python -m kernels.bench           time all on this GPU: CSV, plot and table into benchmarks/kernels/
-    python -m kernels.bench --tune    time candidate tiles, print rows for the tables of the kernels
     python -m kernels.bench --lint    no GPU: compile all for five chips and read the machine code
-    python -m kernels.bench --dry     no GPU: each case once, tiny, untimed: shows that this file runs
+    python -m kernels.bench --dry     no GPU: each case tiny, untimed; errors and table are real
 
+Two times. Kernel: the GPU's own, of calls that wait in a queue behind a sleeping GPU, each with a cold L2
+cache; rates and shares are by it. Call: the clock on the wall, call after call in eager mode, host included.
 Forward FLOPs of attention: 4 B H Lq Lk K, backward 2.5 times that. Bytes: each large tensor once. A share is
 of the box's own ceiling, measured in the same run: a bf16 matrix product, or a copy (bytes read + written).
 """
@@ -13,11 +14,11 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 
-attention, rope, adaln = (import_module(f"kernels.{name}") for name in ("attention", "rope", "adaln"))
+from . import lint
+
+rope, adaln = (import_module(f"kernels.{name}") for name in ("rope", "adaln"))
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/kernels"
 NAN = math.nan
+FLASH = {
+    "FlashAttention 3": ("fa3_fwd_interface", "flash_attn_interface"),
+    "FlashAttention 4": ("flash_attn.cute",),
+}  # by the modules that may hold it
 
 
 class Case(NamedTuple):
@@ -41,18 +48,26 @@ class Case(NamedTuple):
     tokens: int
     inputs: list[Tensor]
     providers: dict[str, Callable]
+    exact: Callable  # the formula, given float64
     flops: tuple[float, float] | None
     bytes: tuple[float, float] | None
+
+
+class Clock(NamedTuple):
+    """Milliseconds of a call."""
+
+    kernel: tuple[float, float, float]  # median, 20 %, 80 %
+    call: float
 
 
 class Timing(NamedTuple):
     case: Case
     provider: str
     mode: str
-    ms: tuple[float, float, float]  # median, 20 %, 80 %
+    clock: Clock
     share: float  # of the ceiling
-    peak: float  # GB
-    error: float  # against float64, on a smaller input
+    peak: float  # GB, forward and backward together
+    error: float  # against float64, on a smaller input: the worst of the outputs, or of the gradients
 
 
 # ---- what is timed -----------------------------------------------------------------------------------------
@@ -66,9 +81,34 @@ def sdpa(backend: SDPBackend) -> Callable:
     return call
 
 
-def beside_torch(ours: Callable, reference: Callable, **fixed) -> dict[str, Callable]:
-    ours, reference = partial(ours, **fixed), partial(reference, **fixed)
-    return {"sdv": ours, "torch": reference, "torch.compile": torch.compile(reference, dynamic=False)}
+def flash_attention(module) -> Callable:
+    """Both take and give (B, L, H, K); one of them gives more."""
+
+    def call(q, k, v):
+        out = module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call
+
+
+def attention_peers(device: str) -> dict[str, Callable]:
+    """sdpa is what torch picks. FlashAttention if installed: of 3 the forward is `pip install fa3-fwd`."""
+    peers = {"sdv": kernels.attention, "sdpa": torch.nn.functional.scaled_dot_product_attention}
+    if device == "cuda":
+        peers["sdpa flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
+        peers["sdpa cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
+    for name, modules in FLASH.items():
+        for module in modules:
+            try:
+                peers[name] = flash_attention(import_module(module))
+                break
+            except (ImportError, OSError):  # OSError: its library is made for another CUDA or torch
+                continue
+    return peers
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
 
 
 def new(*shape: int, device: str) -> Tensor:
@@ -80,10 +120,6 @@ def heads(B: int, H: int, L: int, K: int, device: str) -> Tensor:
 
 
 def attention_cases(device: str, divide: int) -> Iterator[Case]:
-    peers = {"sdv": kernels.attention}
-    if device == "cuda":
-        peers["sdpa flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
-        peers["sdpa cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
     for name, B, H, Lq, Lk, K in (
         ("attention, CogVideoX video", 1, 48, 19126, 19126, 64),
         ("attention, CogVideoX identity", 8, 48, 2926, 2926, 64),
@@ -93,7 +129,17 @@ def attention_cases(device: str, divide: int) -> Iterator[Case]:
         H, Lq, Lk = (math.ceil(n / divide) for n in (H, Lq, Lk))
         q, k, v = (heads(B, H, L, K, device) for L in (Lq, Lk, Lk))
         flops = 4.0 * B * H * Lq * Lk * K
-        yield Case(name, Lq, [q, k, v], peers, (flops, 2.5 * flops), None)
+        yield Case(name, Lq, [q, k, v], attention_peers(device), formula, (flops, 2.5 * flops), None)
+
+
+def beside_torch(name: str, module, device: str, **fixed) -> tuple[dict[str, Callable], Callable]:
+    """(providers, the formula)"""
+    ours, torchs = (
+        partial(getattr(kernels, name), **fixed),
+        partial(getattr(module, f"{name}_reference"), **fixed),
+    )
+    compiled = torch.compile(torchs, dynamic=False, backend="inductor" if device == "cuda" else "eager")
+    return {"sdv": ours, "torch": torchs, "torch.compile": compiled}, torchs
 
 
 def rope_cases(device: str, divide: int) -> Iterator[Case]:
@@ -104,55 +150,72 @@ def rope_cases(device: str, divide: int) -> Iterator[Case]:
     ):
         L, text = L // divide, text // divide
         angle = torch.rand(L - text, K // 2, device=device) * 2 * math.pi
-        inputs = [
-            heads(1, H, L, K, device),
-            *(new(n, device=device) for n in parameters),
-            angle.cos(),
-            angle.sin(),
-        ]
-        providers = beside_torch(getattr(kernels, function), getattr(rope, function + "_reference"))
+        weights = (new(n, device=device) for n in parameters)
+        inputs = [heads(1, H, L, K, device), *weights, angle.cos(), angle.sin()]
         size = 2.0 * H * L * K
-        yield Case(name, L, inputs, providers, None, (2 * size, (3 if parameters else 2) * size))
+        moved = (2 * size, (3 if parameters else 2) * size)
+        yield Case(name, L, inputs, *beside_torch(function, rope, device), None, moved)
 
 
 def adaln_cases(device: str, divide: int) -> Iterator[Case]:
     L, text, D = 19126 // divide, 226 // divide, 3072
     x, y = (new(1, L, D, device=device) for _ in range(2))
     gate, scale, shift = (new(1, 2, D, device=device) for _ in range(3))
-    affine = [new(D, device=device) for _ in range(2)]
+    norm = [scale, shift, *(new(D, device=device) for _ in range(2))]
     for name, function, inputs, tensors in (
-        ("AdaLN, CogVideoX", "adaln", [x, scale, shift, *affine], (2, 3)),
+        ("AdaLN, CogVideoX", "adaln", [x, *norm], (2, 3)),
         ("gated residual, CogVideoX", "gated_residual", [x, y, gate], (3, 3)),
-        (
-            "gated residual + AdaLN, CogVideoX",
-            "gated_residual_adaln",
-            [x, y, gate, scale, shift, *affine],
-            (4, 6),
-        ),
+        ("gated residual + AdaLN, CogVideoX", "gated_residual_adaln", [x, y, gate, *norm], (4, 6)),
     ):
-        ours, reference = getattr(kernels, function), getattr(adaln, function + "_reference")
         moved = tuple(2.0 * L * D * n for n in tensors)
-        yield Case(name, L, inputs, beside_torch(ours, reference, segments=(text, L - text)), None, moved)
+        both = beside_torch(function, adaln, device, segments=(text, L - text))
+        yield Case(name, L, inputs, *both, None, moved)
 
 
 # ---- how it is timed ---------------------------------------------------------------------------------------
 
 
-def milliseconds(f: Callable, dry: bool = False) -> tuple[float, float, float]:
-    """(median, 20 %, 80 %) with a cold L2 cache; dry, f runs once and nothing is timed."""
-    if not dry:
-        return tuple(triton.testing.do_bench(f, warmup=100, rep=500, quantiles=[0.5, 0.2, 0.8]))
+def wall(f: Callable, n: int) -> tuple[float, float]:
+    """Milliseconds a call, n in a row, until (the host, the GPU) is done with the last."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(n):
+        f()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return host * 1e3 / n, (time.perf_counter() - start) * 1e3 / n
+
+
+def clock(f: Callable, ms: float) -> Clock:
+    """Of f on the GPU, in about `ms` milliseconds each way; with 0, f runs once and nothing is timed."""
     f()
-    return NAN, NAN, NAN
+    if not ms:
+        return Clock((NAN, NAN, NAN), NAN)
+    host, call = wall(f, 3)
+    n = min(max(int(ms / call), 3), 100)
+    _, call = wall(f, n)
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # more than any L2 cache holds
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+    torch.cuda._sleep(int(2e6 * n * (host + 0.1)))  # about 2e6 cycles a millisecond: the host gets ahead
+    for start, end in marks:
+        flush.zero_()
+        start.record()
+        f()
+        end.record()
+    torch.cuda.synchronize()
+    took = torch.tensor([start.elapsed_time(end) for start, end in marks])
+    return Clock(tuple(took.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()), call)
 
 
-def ceilings() -> tuple[float, float]:
+def ceilings(ms: float) -> tuple[float, float]:
     """(FLOP/s of a large bf16 product of random numbers, bytes/s of a large copy)"""
+    if not ms:
+        return NAN, NAN
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    flops = 2 * 8192**3 / milliseconds(lambda: a @ b)[0] * 1e3
-    return flops, 2 * source.nbytes / milliseconds(lambda: target.copy_(source))[0] * 1e3
+    times = (clock(f, ms).kernel[0] * 1e-3 for f in (lambda: a @ b, lambda: target.copy_(source)))
+    return tuple(work / t for work, t in zip((2 * 8192**3, 2 * source.nbytes), times, strict=True))
 
 
 def gradients(f: Callable, inputs: list[Tensor], weights: tuple[Tensor, ...] | None = None):
@@ -164,61 +227,53 @@ def gradients(f: Callable, inputs: list[Tensor], weights: tuple[Tensor, ...] | N
     return out, weights, lambda: torch.autograd.grad(out, leaves, weights, retain_graph=True)
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
-
-
-def error(f: Callable, case: Case) -> float:
-    """Of attention on two heads and 1024 tokens: the largest relative error of an output or gradient.
-
-    The other kernels are held against float64 by test_kernels.py.
-    """
-    if case.flops is None:
-        return NAN
-    small = [x.detach()[:1, :2, :1024].clone().requires_grad_() for x in case.inputs]
-    wide = [x.detach().double().requires_grad_() for x in small]
-    out, weights, backward = gradients(f, small)
-    exact, _, exact_backward = gradients(formula, wide, tuple(w.double() for w in weights))
-    pairs = zip((*out, *backward()), (*exact, *exact_backward()), strict=True)
+def error(f: Callable, small: Case, mode: str) -> float:
+    """The largest relative error against float64 of an output, or of a gradient."""
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in small.inputs]
+    out, weights, backward = gradients(f, small.inputs)
+    exact, _, exact_backward = gradients(small.exact, wide, tuple(w.double() for w in weights))
+    pairs = (
+        zip(out, exact, strict=True) if mode == "forward" else zip(backward(), exact_backward(), strict=True)
+    )
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def timings(case: Case, ceiling: tuple[float, float], dry: bool) -> Iterator[Timing]:
+def timings(case: Case, small: Case, ceiling: tuple[float, float], ms: float) -> Iterator[Timing]:
+    """A provider may lack a pass or refuse a size: then it says so instead."""
     work, limit = (case.flops, ceiling[0]) if case.flops else (case.bytes, ceiling[1])
     for provider, f in case.providers.items():
-        forward = milliseconds(partial(f, *case.inputs), dry)
-        if not dry:
-            torch.cuda.reset_peak_memory_stats()
-        *held, backward = gradients(f, case.inputs)
-        back = milliseconds(backward, dry)
-        peak = NAN if dry else torch.cuda.max_memory_allocated() / 1e9
-        del held, backward
-        wrong = error(f, case)
-        for mode, ms, amount in (("forward", forward, work[0]), ("backward", back, work[1])):
-            yield Timing(case, provider, mode, ms, amount / (ms[0] * 1e-3) / limit, peak, wrong)
+        for mode, amount in zip(("forward", "backward"), work, strict=True):
+            try:
+                if ms:
+                    torch.cuda.reset_peak_memory_stats()
+                *held, backward = gradients(f, case.inputs)
+                took = clock(backward if mode == "backward" else partial(f, *case.inputs), ms)
+                peak = torch.cuda.max_memory_allocated() / 1e9 if ms else NAN
+                del held, backward
+                wrong = (
+                    NAN if ms and provider == "torch.compile" else error(f, small, mode)
+                )  # compiles for long
+            except Exception as reason:
+                print(f"{case.name}, {mode}, {provider}: not run: {str(reason).strip().splitlines()[0]}")
+                continue
+            share = amount / (took.kernel[0] * 1e-3) / limit
+            yield Timing(case, provider, mode, took, share, peak, wrong)
 
 
 # ---- what is written ---------------------------------------------------------------------------------------
 
 COLUMNS = (  # those of Liger Kernel
-    *(
-        "kernel_name",
-        "kernel_provider",
-        "kernel_operation_mode",
-        "metric_name",
-        "metric_unit",
-        "x_name",
-        "x_value",
-    ),
-    *("y_value_50", "y_value_20", "y_value_80", "gpu_name", "timestamp", "version"),
-)
+    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name",
+    "x_value", "y_value_50", "y_value_20", "y_value_80", "gpu_name", "timestamp", "version",
+)  # fmt: skip
 
 
 def rows(timing: Timing, gpu: str, version: str) -> Iterator[list]:
     start = [timing.case.name, timing.provider, timing.mode]
     end = [gpu, datetime.now().isoformat(timespec="seconds"), version]
     for metric, unit, values in (
-        ("speed", "ms", timing.ms),
+        ("kernel", "ms", timing.clock.kernel),
+        ("call", "ms", (timing.clock.call,) * 3),
         ("share of ceiling", "ratio", (timing.share,) * 3),
         ("memory", "GB", (timing.peak,) * 3),
         ("error against float64", "ratio", (timing.error,) * 3),
@@ -226,13 +281,14 @@ def rows(timing: Timing, gpu: str, version: str) -> Iterator[list]:
         yield [*start, metric, unit, "tokens", timing.case.tokens, *values, *end]
 
 
-HEAD = "| kernel | pass | who | ms | rate | of ceiling | peak GB | error |\n|---|---|---|---|---|---|---|---|"
+HEAD = """| kernel | pass | who | kernel ms | call ms | rate | of ceiling | peak GB | error |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def markdown(timing: Timing) -> str:
-    case, i = timing.case, timing.mode == "backward"
+    case, i, (ms, *_) = timing.case, timing.mode == "backward", timing.clock.kernel
     work, unit = (case.flops[i], "TFLOP/s") if case.flops else (case.bytes[i], "TB/s")
-    numbers = f"{timing.ms[0]:.3f}", f"{work / timing.ms[0] / 1e9:.4g} {unit}", f"{timing.share:.0%}"
+    numbers = f"{ms:.3f}", f"{timing.clock.call:.3f}", f"{work / ms / 1e9:.4g} {unit}", f"{timing.share:.0%}"
     cells = case.name, timing.mode, timing.provider, *numbers, f"{timing.peak:.1f}", f"{timing.error:.1e}"
     return f"| {' | '.join(cells)} |"
 
@@ -253,128 +309,47 @@ def plot(done: list[Timing], path: Path, gpu: str):
     figure.savefig(path, dpi=150)
 
 
-def write(done: list[Timing], table: list[str], gpu: str, version: str):
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = RESULTS / gpu.replace(" ", "-").lower()
+def write(done: list[Timing], table: list[str], gpu: str, version: str, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder / gpu.replace(" ", "-").lower()
     with name.with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *(row for t in done for row in rows(t, gpu, version))])
     name.with_suffix(".md").write_text("\n".join(table) + "\n")
     plot(done, name.with_suffix(".png"), gpu)
 
 
-def bench(dry: bool):
-    device, divide = ("cpu", 400) if dry else ("cuda", 1)
-    gpu, ceiling = ("dry run", (NAN, NAN)) if dry else (torch.cuda.get_device_name(), ceilings())
+def bench(ms: float, folder: Path):
+    device, divide, little = ("cuda", 1, 20) if ms else ("cpu", 400, 400)
+    gpu, ceiling = torch.cuda.get_device_name() if ms else "dry run", ceilings(ms)
     version = f"torch {torch.__version__}, triton {triton.__version__}"
-    done = []
-    table = [
-        f"{gpu}: product {ceiling[0] / 1e12:.0f} TFLOP/s, copy {ceiling[1] / 1e12:.2f} TB/s; {version}\n",
-        HEAD,
-    ]
+    title = f"{gpu}: product {ceiling[0] / 1e12:.0f} TFLOP/s, copy {ceiling[1] / 1e12:.2f} TB/s; {version}\n"
+    done, table = [], [title, HEAD]
     print(*table, sep="\n")
     for cases in (attention_cases, rope_cases, adaln_cases):
-        for case in cases(device, divide):
-            for timing in timings(case, ceiling, dry):
+        for case, small in zip(cases(device, divide), cases(device, little), strict=True):
+            for timing in timings(case, small, ceiling, ms):
                 table.append(markdown(timing))
                 print(table[-1], flush=True)
-                done.append(
-                    timing._replace(case=case._replace(inputs=[], providers={}))
-                )  # lets the tensors go
-    if not dry:
-        write(done, table, gpu, version)
-
-
-# ---- tiles -------------------------------------------------------------------------------------------------
-
-
-def fastest(tiles: Iterable[tuple], put: Callable, call: Callable, dry: bool) -> str:
-    """Times call with each of tiles in its table, leaves the fastest there and returns it as text."""
-    speed = {}
-    for tile in list(tiles)[: 2 if dry else None]:
-        put(tile)
-        try:
-            speed[tile] = milliseconds(call, dry)[0]
-        except triton.runtime.errors.TritonError:  # too large for this chip
-            continue
-    best = min(speed, key=speed.get)
-    put(best)
-    return f"Tile{tuple(best)}"
-
-
-def tune_attention(H: int, L: int, K: int, device: str, dry: bool) -> str:
-    q = heads(1, H, L, K, device).detach()
-    q, scale = q.float() if dry else q, K**-0.5
-    (o, lse), tiles, key = attention._forward(q, q, q, scale), attention.TILES, (attention.arch(q), K)
-    forward, backward = (
-        partial(attention._forward, q, q, q, scale),
-        partial(attention._backward, o, q, q, q, o, lse, scale),
-    )
-    best = []
-    for step in attention.Tiles._fields:
-        choices = (attention.Tile(*t) for t in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)))
-        put = partial(lambda step, tile: tiles.update({key: tiles[key]._replace(**{step: tile})}), step)
-        best.append(fastest(choices, put, forward if step == "forward" else backward, dry))
-    return f"attention.TILES    {key}: Tiles({', '.join(best)}),"
-
-
-def tune_rows(module, choices: tuple, case: Case, dry: bool) -> Iterator[str]:
-    """For rope.py and adaln.py, on one of the cases."""
-    ours = case.providers["sdv"]
-    for step in ("forward", "backward"):
-        call = partial(ours, *case.inputs) if step == "forward" else gradients(ours, case.inputs)[2]
-        best = fastest(
-            (module.Tile(*t) for t in product(*choices)), partial(module.TILES.__setitem__, step), call, dry
-        )
-        yield f'{module.__name__}.TILES    "{step}": {best},    by {case.name}'
-
-
-def tune(dry: bool):
-    device, divide = ("cpu", 400) if dry else ("cuda", 1)
-    print("dry run, not timed" if dry else torch.cuda.get_device_name(), f"{datetime.now():%Y-%m-%d}")
-    for H, L, K in ((48, 19126, 64), (24, 27280, 128)):
-        print(tune_attention(math.ceil(H / divide), L // divide, K, device, dry), flush=True)
-    for module, choices, cases in (
-        (rope, ((2048, 4096), (8, 16), (2, 3, 4), (2, 4, 8)), rope_cases),
-        (adaln, ((8, 16, 32), (1, 2, 3, 4), (1, 2, 4, 8)), adaln_cases),
-    ):
-        for case in cases(device, divide):
-            print(*tune_rows(module, choices, case, dry), sep="\n", flush=True)
-
-
-def lint(sample: bool) -> int:
-    """Prints the table, writes the whole one to lint.csv, and counts the rows with faults."""
-    from .lint import Row, table
-
-    done = []
-    for row in table(sample):
-        print(*(f"{name}={value}" for name, value in row._asdict().items() if value != ""), flush=True)
-        done.append(row)
-    faults = sum(row.faults != "" for row in done)
-    print(f"{len(done)} kernels compiled by Triton {triton.__version__}, {faults} with faults")
-    if not sample:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        with (RESULTS / "lint.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(
-                [[*Row._fields, "triton"], *([*row, triton.__version__] for row in done)]
-            )
-    return faults
+                empty = case._replace(inputs=[], providers={})  # lets the tensors go
+                done.append(timing._replace(case=empty))
+    if ms:
+        write(done, table, gpu, version, folder)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for option in ("tune", "lint", "sample", "dry"):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    for option in ("lint", "sample", "dry"):
         parser.add_argument(f"--{option}", action="store_true")
+    parser.add_argument("--ms", type=float, default=300, help="milliseconds of GPU for each number")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     if options.lint:
-        return min(lint(options.sample), 1)
-    if not torch.cuda.is_available() and not options.dry:
-        print(
-            "no CUDA device, nothing to time: try --lint, --dry, or TRITON_INTERPRET=1 pytest test_kernels.py"
-        )
-        return 0
-    (tune if options.tune else bench)(options.dry)
+        return min(lint.report(None if options.sample else options.out / "lint.csv"), 1)
+    if torch.cuda.is_available() or options.dry:
+        bench(0 if options.dry else options.ms, options.out)
+    else:
+        print("no CUDA device, nothing to time: try --lint or --dry, or pytest test_kernels.py")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Who runs a kernel, Triton or plain torch, and the one place from which kernels are launched.
+"""Who runs a kernel, Triton or plain torch; how torch sees it; and the one place from which it is launched.
 
 SDV_KERNELS=triton | reference forces one side. Left unset, CUDA tensors (and, under Triton's interpreter,
 TRITON_INTERPRET=1, all tensors) go to Triton; the rest, float64 included, to the torch reference.
@@ -7,15 +7,20 @@ TRITON_INTERPRET=1, all tensors) go to Triton; the rest, float64 included, to th
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    HAVE_TRITON = True
 except ImportError:  # there is no Triton for macOS or Windows: the references run, kernels are only defined
+    HAVE_TRITON = False
 
     class Absent:
         def __getattr__(self, name: str):
@@ -29,6 +34,7 @@ except ImportError:  # there is no Triton for macOS or Windows: the references r
 MODE = os.environ.get("SDV_KERNELS") or "auto"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TO_TORCH = "set SDV_KERNELS=reference"
 ARCHS = (80, 89, 90, 100, 120)  # compute capabilities for which tiles are chosen and linted
 
 if MODE not in ("auto", "triton", "reference"):
@@ -38,15 +44,19 @@ _arch = 90  # what the interpreter and the lint pretend to run on; see `pretend`
 _recorder: Callable | None = None
 
 
-def require(ok: bool, message: str):
-    """One clear error, before anything is launched."""
+def require(ok: bool, message: Callable[[], str]):
+    """One clear error, before anything is launched. A message is only made if somebody reads it."""
     if not ok:
-        raise ValueError(message)
+        raise ValueError(message())
+
+
+def want(name: str, key: str, x: Tensor, shape: tuple):
+    require(x.shape == shape, lambda: f"{name}: {key} {tuple(x.shape)}: want {tuple(shape)}")
 
 
 def use_triton(x: Tensor) -> bool:
     """Whether x goes to Triton. Raises if SDV_KERNELS=triton asks for what cannot be."""
-    runnable = (x.is_cuda or INTERPRET) and x.dtype in DTYPES and triton is not tl
+    runnable = HAVE_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRET or _recorder is not None)
     if MODE == "triton" and not runnable:
         raise ValueError(
             f"SDV_KERNELS=triton, but Triton cannot run {x.dtype} on {x.device}: it takes fp32, bf16 or fp16 "
@@ -55,42 +65,85 @@ def use_triton(x: Tensor) -> bool:
     return runnable and MODE != "reference"
 
 
-def run(op: Callable, *args):
-    """op(*args), with vectors (the weights of a norm) made dense.
-
-    The interpreter's bf16 arithmetic is wrong: there, bf16 goes in and out as fp32.
-    """
-    args = [a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args]
-    if not INTERPRET:
-        return op(*args)
-    dtype = args[0].dtype
-    args = [a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args]
-    out = op(*args)
-    return out.to(dtype) if isinstance(out, Tensor) else tuple(o.to(dtype) for o in out)
+@cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    """(the newest of ARCHS that a GPU can run, its multiprocessors)"""
+    gpu = torch.cuda.get_device_properties(device)
+    newest = max((a for a in ARCHS if a <= 10 * gpu.major + gpu.minor), default=ARCHS[0])
+    return newest, gpu.multi_processor_count
 
 
 def arch(x: Tensor) -> int:
     """The newest architecture of ARCHS that x's GPU can run."""
-    if not x.is_cuda:
-        return _arch
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return max((a for a in ARCHS if a <= 10 * major + minor), default=ARCHS[0])
+    return _chip(x.device)[0] if x.is_cuda else _arch
 
 
 def processors(x: Tensor) -> int:
     """Multiprocessors of x's GPU; 4 without one, so that a program of a small test still has several rows."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return _chip(x.device)[1] if x.is_cuda else 4
 
 
 def token_major(x: Tensor) -> Tensor:
     """An empty tensor like x (B, H, L, K), but laid out as (B, L, H, K): what a linear writes and reads."""
     B, H, L, K = x.shape
-    return x.new_empty(B, L, H, K).transpose(1, 2)
+    return x.new_empty_strided((B, H, L, K), (L * H * K, K, H * K, 1))
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A norm's weight or bias as a kernel takes it, with nothing between its numbers."""
+    return None if vector is None else vector.contiguous()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a reference computes: fp32, or float64 if the input is that already."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# ---- how torch sees a kernel: its host side `run`, its shapes `fake`, what it `save`s for its `grads` ------
+
+PLAIN = {Tensor, Parameter, type(None), float, int, bool, str, list, tuple}
+
+
+def watched(args: tuple) -> bool:
+    """Whether somebody wants to see operators: torch.compile, export, fake tensors, FLOP counters, .."""
+    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return tracing or not PLAIN.issuperset(map(type, args))
+
+
+def operator(
+    name: str, run: Callable, fake: Callable, save: Callable | None = None, grads: Callable | None = None
+) -> Callable:
+    """run as torch sees it: the custom operator sdv::name where it is watched, else a plain call.
+
+    A custom operator takes the host about twice as long, each time (benchmarks/host.csv). Without grads, run
+    is a backward: who wants to differentiate it hears from the operator that nobody can.
+    """
+    custom = torch.library.custom_op(f"sdv::{name}", run, mutates_args=())
+    custom.register_fake(fake)
+    if grads is None:
+        return lambda *args: (custom if watched(args) or torch.is_grad_enabled() else run)(*args)
+    custom.register_autograd(grads, setup_context=save)
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            out = run(*args)
+            save(ctx, args, out)
+            return out
+
+        backward = staticmethod(grads)
+
+    return lambda *args: (custom if watched(args) else Plain.apply)(*args)
+
+
+# ---- launches --------------------------------------------------------------------------------------------
+
+
+def described(x: Tensor, blank: TensorDescriptor) -> TensorDescriptor:
+    """x's descriptor, like blank, which was checked when it was made; a new one would be checked again."""
+    descriptor = object.__new__(type(blank))
+    descriptor.__dict__.update(blank.__dict__, base=x)
+    return descriptor
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta):

@@ -5,6 +5,7 @@ launched, Triton compiles that for the named chip, and the SASS is read: registe
 tensor core instructions, width of global loads. `python -m kernels.bench --lint` prints the whole table.
 """
 
+import csv
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -217,3 +218,20 @@ def table(sample: bool = False) -> Iterator[Row]:
         for case in cases:
             for launch in recorded(arch, case.call):
                 yield examine(case.name, arch, launch)
+
+
+def report(file: Path | None) -> int:
+    """Prints the whole table and writes it to a file, or prints the sample; counts the rows with faults."""
+    done = []
+    for row in table(sample=file is None):
+        print(*(f"{name}={value}" for name, value in row._asdict().items() if value != ""), flush=True)
+        done.append(row)
+    faults = sum(row.faults != "" for row in done)
+    print(f"{len(done)} kernels compiled by Triton {triton.__version__}, {faults} with faults")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="") as out:
+            csv.writer(out).writerows(
+                [[*Row._fields, "triton"], *([*row, triton.__version__] for row in done)]
+            )
+    return faults

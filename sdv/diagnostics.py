@@ -24,21 +24,18 @@ The null is therefore a random update of the same structure: same A and B, Gauss
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
-from sdv.data.rows import Rows
 from sdv.lora import LoRA, lora_modules, lora_parameters
-from sdv.run.parallel import ranks
+from sdv.objectives import TASKS
 from sdv.seeds import generator
 
-TASKS = ("identity", "motion")
 # Pairs of the four halves (identity a, identity b, motion a, motion b) that each cosine is the mean of.
 COMPARED = {"cross": ((0, 2), (0, 3), (1, 2), (1, 3)), "identity": ((0, 1),), "motion": ((2, 3),)}
 RANDOM = 4  # stands behind the four halves where subspaces are compared
@@ -48,36 +45,6 @@ GROUPS = {
     "down": "feed-forward", "mod1": "modulation", "mod2": "modulation", "patch_in": "embeddings",
     "text_in": "embeddings",
 }  # fmt: skip
-
-
-# Held-out micro-batches
-
-
-def held_out(rows: Rows, batches: int, size: int) -> Iterator[dict]:
-    """2 x batches collated micro-batches: the first `batches` and the others have no file in common.
-
-    So both directions of a pair lie in one half. A short half repeats; ValueError if one would be empty.
-    """
-    half_of, halves = {}, ([], [])
-    for number, row in enumerate(rows.rows):
-        known = {half_of[file] for file in row.files if file in half_of}
-        if len(known) < 2:  # else it would tie the halves together
-            half = known.pop() if known else int(len(halves[0]) > len(halves[1]))
-            half_of |= dict.fromkeys(row.files, half)
-            halves[half].append(number)
-    if not halves[1]:
-        raise ValueError(f"{rows.rows[0].files[0].parent}: too few rows for two halves without a common file")
-    for half in halves:
-        for first in range(0, batches * size, size):
-            yield default_collate([rows[half[(first + i) % len(half)]] for i in range(size)])
-
-
-def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
-    """ValueError if a file of the probe is also trained on."""
-    seen = {file.resolve() for rows in trained for row in rows.rows for file in row.files}
-    for row in (row for rows in held_out for row in rows.rows):
-        if any(file.resolve() in seen for file in row.files):
-            raise ValueError(f"{row.origin}: a probe must not see what is trained on; hold its files out")
 
 
 # Gradients
@@ -100,7 +67,8 @@ def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) 
 
     A micro-batch is never split, so the numbers do not depend on how many ranks there are.
     """
-    rank, world = ranks()
+    running = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
     kept = []
     for first in range(0, len(losses), world):
         mine = min(first + rank, len(losses) - 1)  # in the last round spare ranks keep step, for nothing

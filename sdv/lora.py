@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdv.models.layers import is_finite
+
 
 class LoRA(nn.Module):
     """A frozen layer and its low-rank update; holds the very weight and bias of the layer it replaces."""
@@ -132,12 +134,18 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Fold every update into the shared weights, so that sampling costs what the base model costs."""
-    for module in lora_modules(model).values():
+    """Fold every update into the shared weights, so that sampling costs what the base model costs.
+
+    ValueError, with the layer, for an update on some tokens, or one that leaves the range of the weights.
+    """
+    for path, module in lora_modules(model).items():
         if module.tokens is not None:
             raise ValueError("a LoRA that acts on some tokens cannot be merged into weights that act on all")
         if not module.merged:
-            module.weight.copy_(module.weight.float() + module.delta())
+            merged = (module.weight.float() + module.delta()).to(module.weight.dtype)
+            if not is_finite(merged):
+                raise ValueError(f"{path}: with its LoRA, the weight is not finite in {merged.dtype}")
+            module.weight.copy_(merged)
             module.merged = True
 
 

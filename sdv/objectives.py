@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from sdv.seeds import generator, normal
 
+TASKS = ("identity", "motion")
+
 
 class Pair(NamedTuple):
     """One training example of either task; only how it is built differs between them."""
@@ -24,7 +26,7 @@ class Draws(NamedTuple):
     Each sample has its own: it gets the same noise whatever batch, process or number of processes it is in.
     """
 
-    shared: torch.Generator  # what a micro-batch has in common: which reference tokens stay visible
+    shared: torch.Generator  # what a whole step has in common: which reference tokens stay visible
     each: list[torch.Generator]  # B: frame, time and noise of each sample
 
 

@@ -1,9 +1,27 @@
-"""Randomness without state: every draw comes from a generator made of the numbers that name it."""
+"""Randomness without state: every draw comes from a generator made of the numbers that name it.
+
+The second number of a training run's key is its stream, which says what is drawn:
+
+    (seed, COIN, step [, micro])          which task: one coin a step, or one a micro-batch
+    (seed, DROPOUT, step, task)           which tokens of the reference stay visible in this step
+    (seed, SAMPLE, task, k)               frame, time and noise of a task's k-th sample of the run
+    (seed, LORA, step, micro, rank)       dropout of the LoRA's input
+    (seed, ORDER, epoch)                  the order of the rows
+    (seed, VIEW, k)                       crop or window of the k-th sample
+    (0, PROBE, task, micro [, sample])    the same draws for held-out data, whatever the run's seed
+    (0, PROBE_PAIR, task, micro [, sample])    of the frame that a held-out micro-batch looks at
+    (seed, SUBSET)                        which candidates an import keeps
+
+No stream knows how a step is cut into micro-batches and processes, but for LORA and a coin a micro-batch.
+Keys of one number are the noise of a film (its seed) and the view of a single row (its index).
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+COIN, SAMPLE, ORDER, VIEW, PROBE, DROPOUT, SUBSET, LORA, PROBE_PAIR = range(9)
 
 
 def generator(*key: int) -> torch.Generator:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdv.diagnostics import TASKS
-from sdv.run.parallel import average
+from sdv.objectives import TASKS
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
@@ -21,7 +20,7 @@ def project(grads: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Surgery:
-    """Collects each task's gradient of a step and puts back one in which the tasks do not fight.
+    """Collects each task's gradient of a step, and puts back one in which the tasks do not fight.
 
     exact: a step holds both tasks and takes (1 - p) g_identity + p g_motion, each projected off the other.
     buffer-n: a step holds one task, projected off the mean of the other's last n gradients; the coin weighs
@@ -47,13 +46,17 @@ class Surgery:
             for p in self.params:
                 p.grad = None
 
-    def put(self) -> None:
-        """Average over ranks, project, write .grad."""
+    def sums(self) -> list[Tensor]:
+        """What a step has collected, for an average over processes in place."""
         if self.mode == "none":
-            average(p.grad for p in self.params)
+            return [p.grad for p in self.params]
+        return [g for grads in self.fresh.values() for g in grads]
+
+    def put(self) -> None:
+        """Project, and write .grad."""
+        if self.mode == "none":
             return
         fresh, self.fresh = self.fresh, {}
-        average(g for grads in fresh.values() for g in grads)
         if self.mode == "exact":
             identity, motion = (fresh[task] for task in TASKS)
             pairs = zip(project(identity, motion), project(motion, identity), strict=True)

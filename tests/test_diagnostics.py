@@ -18,6 +18,7 @@ from sdv.diagnostics import SUBSPACE, compare, directions, probe
 from sdv.lora import lora_modules, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.wan_dit import WanDiT
+from sdv.run import held_out
 from sdv.run import report as diagnostics_report
 from sdv.surgery import Surgery, dot, project
 
@@ -262,21 +263,21 @@ def rows_of(*names: str) -> SimpleNamespace:
 
 def test_halves_share_no_file_and_repeat_when_short():
     both_ways = rows_of("ab", "ba", "cd", "dc", "ef", "ac", "gh")  # ac would tie two subjects together
-    micro = [batch.tolist() for batch in diagnostics.held_out(both_ways, 3, 2)]
+    micro = [batch.tolist() for batch in held_out.halves(both_ways, 3, 2)]
     assert micro == [[0, 1], [4, 0], [1, 4], [2, 3], [6, 2], [3, 6]]
     with pytest.raises(ValueError, match="x: too few rows"):
-        list(diagnostics.held_out(rows_of("ab", "ba"), 1, 1))
+        list(held_out.halves(rows_of("ab", "ba"), 1, 1))
 
 
 def test_a_probe_must_not_see_what_is_trained_on():
-    diagnostics.check_unseen([rows_of("ab")], [rows_of("cd"), rows_of("e")])
+    held_out.check_unseen([rows_of("ab")], [rows_of("cd"), rows_of("e")])
     with pytest.raises(ValueError, match="m:1 db: a probe must not see"):
-        diagnostics.check_unseen([rows_of("xy", "db")], [rows_of("ab")])
+        held_out.check_unseen([rows_of("xy", "db")], [rows_of("ab")])
 
 
 def test_references_are_hidden_equally_often_in_both_halves():
     enc = train.Encoders(lambda clip: clip, lambda prompts: torch.zeros(len(prompts), 1, 1), 6)
-    held_out = {"identity": Pairs(MEDIA / "pairs", 32, 32), "motion": Pairs(MEDIA / "pairs", 32, 32)}
+    unseen = {"identity": Pairs(MEDIA / "pairs", 32, 32), "motion": Pairs(MEDIA / "pairs", 32, 32)}
 
     def pairs(**settings):
         def motion(batch, *rest):
@@ -285,7 +286,7 @@ def test_references_are_hidden_equally_often_in_both_halves():
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(train.PAIR_OF, "motion", motion)
             cfg = train.Config(view_drop=1.0, identity_batch=1, **settings)
-            found = train.held_out_losses(held_out, enc, None, None, cfg)
+            found = held_out.held_out_losses(unseen, train.PAIR_OF, enc, None, None, cfg)
             return [loss.__defaults__[0] for task in found for loss in found[task]]
 
     for p_drop, hidden in ((0.5, 2), (0.0, 0), (1.0, 4), (0.25, 1)):

@@ -3,12 +3,22 @@
 import os
 import subprocess
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels
+from benchmarks import host
+from kernels import dispatch
+from sdv.run.cost import ClaimGPU
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +55,154 @@ def test_mistakes_are_named():
 def test_machine_code():
     """A sample of the lint: bf16, all kernels for sm_90, attention for the other chips. Needs no GPU."""
     python("-m", "kernels.bench", "--lint", "--sample")
+
+
+def test_tiles_can_be_tuned():
+    python("-m", "kernels.tune", "--dry")
+
+
+def test_the_bench_tells_all_of_everybody(monkeypatch, capsys):
+    """Dry. Torch plays FlashAttention: 3 without a backward, 4 with more than one output."""
+    from kernels import bench
+
+    def flash(q, k, v):  # (B, L, H, K)
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+
+    def three(q, k, v):
+        return flash(q, k, v).transpose(1, 2).detach()
+
+    def four(q, k, v):
+        return flash(q, k, v).transpose(1, 2), None
+
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(flash_attn_func=three))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=four))
+    bench.bench(0, None)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    assert all(float(row[-1]) < 5e-3 for row in rows)  # bf16, beside float64
+    of = {name: {(who, mode) for n, mode, who, *_ in rows if n == name} for name, *_ in rows}
+    both = {"forward", "backward"}
+    flashes = {("FlashAttention 4", mode) for mode in both} | {("FlashAttention 3", "forward")}
+    for name, found in of.items():
+        peers = ("sdpa",) if name.startswith("attention") else ("torch", "torch.compile")
+        expected = {(who, mode) for who in ("sdv", *peers) for mode in both}
+        assert found == expected | (flashes if name.startswith("attention") else set())
+    assert {"attention, CogVideoX identity", "attention, Wan cross", "AdaLN, CogVideoX"} <= set(of) and len(
+        of
+    ) == 10
+    assert sum("FlashAttention 3: not run: " in line for line in lines) == 4
+
+
+def test_hopper_reference_asks_cudnn_first(monkeypatch):
+    seen = []
+    attention = import_module("kernels.attention")
+    monkeypatch.setattr(attention, "arch", lambda x: 90)
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention",
+        lambda *a, **k: seen.append(torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)),
+    )  # fmt: skip
+    before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+    q = torch.randn(1, 1, 4, 16)
+    attention.attention_reference(q, q, q)
+    with ClaimGPU():
+        attention.attention_reference(q, q, q)
+    assert seen[0] == before and seen[1][0] == SDPBackend.CUDNN_ATTENTION
+    assert set(before) - set(seen[1]) <= {SDPBackend.OVERRIDEABLE}  # where cuDNN cannot, the others may
+    assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+# ---- a call as the host makes it, with a recorder in the launcher's place ----------------------------------
+
+
+def launches(call, inputs) -> tuple[list, list]:
+    """What forward and backward would launch on sm_90, and the gradients' shapes."""
+    seen = []
+    with dispatch.pretend(90, lambda kernel, args, meta: seen.append((kernel, form(args), meta))):
+        out = call(*inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        leaves = [x for x in inputs if x.requires_grad]
+        grads = torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
+    return seen, [(g.shape, g.dtype) for g in grads]
+
+
+def form(x):
+    """An argument of a kernel without its numbers and its address."""
+    if isinstance(x, tuple):
+        return tuple(map(form, x))
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.stride(), x.dtype
+    return (form(x.base), x.shape, x.strides, x.block_shape) if hasattr(x, "block_shape") else x
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_who_watches_sees_operators_and_nothing_else_changes(name):
+    call, inputs, _ = host.operators()[name]
+    inputs = [x.detach().requires_grad_(x.dtype == torch.bfloat16) for x in inputs]
+    plain, twice = launches(call, inputs), launches(call, inputs)
+    assert plain == twice and len(plain[0]) == (3 if name == "attention" else 2)
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.seen.append(op.namespace)
+            return op(*args, **(kwargs or {}))
+
+    with Watch() as watch:
+        assert launches(call, inputs) == plain
+    assert watch.seen.count("sdv") == 2
+    with torch.profiler.profile() as profile:
+        launches(call, inputs)
+    assert not any(event.name.startswith("sdv::") for event in profile.events())
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_fake_tensors_and_export(name):
+    call, inputs, _ = host.operators()[name]
+    with dispatch.pretend(90, lambda *launch: pytest.fail("launched")):
+        with FakeTensorMode() as mode:
+            out = call(*map(mode.from_tensor, inputs))
+        program = torch.export.export(Calls(call), tuple(inputs))
+    assert (out[0] if isinstance(out, tuple) else out).shape == inputs[0].shape
+    assert any("sdv" in str(node.target) for node in program.graph.nodes)
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *inputs):
+        return self.f(*inputs)
+
+
+@pytest.mark.parametrize(("keep", "forwards"), ((False, 2), (True, 1)))
+def test_checkpoints_recompute_what_is_not_kept(keep, forwards):
+    """Selective checkpointing of torch is one of those who watch: it can keep what attention returned."""
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.sdv.attention.default])
+    q = torch.randn(1, 1, 4, 16, requires_grad=True)
+    seen = []
+    with dispatch.pretend(90, lambda kernel, args, meta: seen.append(kernel.__name__)):
+        options = {"context_fn": kept} if keep else {}
+        out = checkpoint(lambda q: kernels.attention(q, q, q).sin(), q, use_reentrant=False, **options)
+        out.sum().backward()
+    assert seen.count("_forward_kernel") == forwards and seen.count("_dq_kernel") == 1
+
+
+def test_nobody_differentiates_twice():
+    q = torch.randn(1, 1, 4, 16, requires_grad=True)
+    with dispatch.pretend(90, lambda *launch: None):
+        (grad,) = torch.autograd.grad(kernels.attention(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+def test_a_plain_call_costs_the_host_less():
+    rows = list(host.results(rounds=20))
+    custom, plain = (sum(float(row[i]) for row in rows) for i in (3, 4))
+    assert len(rows) == 24 and plain < 0.8 * custom
 
 
 def test_without_triton():

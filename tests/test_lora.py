@@ -104,7 +104,7 @@ def test_loss_and_lora_gradients_of_a_step_equal_diffusers_and_peft(stock_dit, t
     assert abs(loss.value.item() / stock_loss.item() - 1) <= 1e-5
     theirs = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
     for path, module in lora_modules(dit).items():
-        stem = weights.tensors.rename(f"{path}.weight", weights.tensors.reverse(weights.names_of(dit)))
+        stem = weights.tensors.rename(f"{path}.weight", weights.tensors.reverse(weights.cogvideox.DIT_NAMES))
         for leaf in ("lora_A", "lora_B"):
             name = f"{stem.removesuffix('.weight')}.{leaf}.default.weight"
             assert relative_error(getattr(module, leaf).grad, theirs[name]) <= 1e-4, name
@@ -188,7 +188,7 @@ def test_a_lora_on_the_reference_alone_leaves_all_other_tokens_their_weights(sto
 
     # The same in stock diffusers: on the reference's rows, which its blocks keep behind the text's, a mask
     # lets the update through. Its feed-forward sees text and pictures in one sequence, as attention does.
-    names = weights.tensors.reverse(weights.names_of(dit))
+    names = weights.tensors.reverse(weights.cogvideox.DIT_NAMES)
     mask = torch.zeros(text.shape[1] + ref[0, 0].numel() // 4 + video[0, 0].numel() // 4, 1)
     mask[text.shape[1] : text.shape[1] + ref[0, 0].numel() // 4] = 1
     for path, module in lora_modules(dit).items():

@@ -50,6 +50,14 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, alone, tmp_path, how
         assert mine[2:] == pytest.approx(its[2:], rel=1e-5)
 
 
+def test_four_micro_batches_of_one_process_equal_two_of_two(tiny, tmp_path):
+    """Coin, dropout and noise know the step and the sample, not how the step is cut."""
+    same = {"p_video": 0.7, "dropout": "tokens"}
+    train(tiny, tmp_path / "one", accumulate=4, **same)
+    train(tiny, tmp_path / "two", 2, accumulate=2, **same)
+    assert_close(tmp_path / "one", tmp_path / "two", STEPS)
+
+
 def test_a_run_goes_on_with_another_number_of_processes_and_back(tiny, alone, tmp_path):
     out = tmp_path / "run"
     train(tiny, out, 2, ["--shard"], steps=2)

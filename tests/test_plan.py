@@ -53,8 +53,8 @@ class Step:
         for path, parameter in self.dit.named_parameters():
             parameter.data = parameter.to(torch.float32 if exact & set(path.split(".")) else self.dtype)
         add_lora(self.dit, cfg.rank, cfg.alpha, self.dit.lora_targets)
-        hold(self.dit, cfg.frozen, "cpu")
-        self.dit.checkpoint_every = cfg.checkpoint_every
+        hold(self.dit, cfg.base_storage, "cpu")
+        self.dit.recompute_every = cfg.recompute_every
         for parameter in lora_parameters(self.dit).values():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -76,8 +76,8 @@ def kept_bytes(step: Step) -> int:
     kept = []
     hooks = [
         block.register_forward_pre_hook(lambda _, args: kept.extend(tree_leaves(args)))
-        for block in step.dit.blocks[:: step.cfg.checkpoint_every or len(step.dit.blocks) + 1]
-        if step.cfg.checkpoint_every
+        for block in step.dit.blocks[:: step.cfg.recompute_every or len(step.dit.blocks) + 1]
+        if step.cfg.recompute_every
     ]
     with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         kept += step.forward()
@@ -104,12 +104,12 @@ def allocator_peak(step: Step) -> int:
 
 @BACKBONES
 @pytest.mark.parametrize(
-    ("dtype", "frozen"),
+    ("dtype", "storage"),
     [("float32", "device"), ("bfloat16", "device"), ("float32", "fp8"), ("bfloat16", "cpu")],
 )
-def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, frozen):
+def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, storage):
     for every in (0, 1, 2):
-        cfg = dataclasses.replace(SMALL, checkpoint_every=every, dtype=dtype, frozen=frozen)
+        cfg = dataclasses.replace(SMALL, recompute_every=every, dtype=dtype, base_storage=storage)
         found, step = rehearse(cfg, layout, "motion", 2), Step(cfg, layout)
         step.forward()[0].backward()  # what is made once: tables, caches
         states = GENERATOR * math.ceil(2 / every) if every else 0
@@ -121,7 +121,7 @@ def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, frozen):
 
 @BACKBONES
 def test_flops_are_what_torch_counts_where_attention_is_plain_products(layout):
-    cfg = dataclasses.replace(SMALL, checkpoint_every=2)  # of two blocks, one runs again
+    cfg = dataclasses.replace(SMALL, recompute_every=2)  # of two blocks, one runs again
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         Step(cfg, layout).forward()[0].backward()
     flops = rehearse(cfg, layout, "motion", 2).flops
@@ -134,7 +134,7 @@ def test_flops_are_what_torch_counts_where_attention_is_plain_products(layout):
 def test_many_blocks_follow_from_a_few(layout, every, device):
     part = layout.parts["dit"]
     layout.parts["dit"] = part._replace(build=lambda: deeper(part.build(), 6))
-    cfg = dataclasses.replace(SMALL, checkpoint_every=every, device=device)
+    cfg = dataclasses.replace(SMALL, recompute_every=every, device=device)
     assert count(cfg, layout, "motion", 6) == rehearse(cfg, layout, "motion", 6)
 
 
@@ -144,7 +144,7 @@ def deeper(dit: torch.nn.Module, layers: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize("backbone", ["tiny"])
 def test_the_kernels_of_a_gpu_keep_no_copies_in_float32(layout):
-    cfg = dataclasses.replace(SMALL, checkpoint_every=0, dtype="bfloat16")
+    cfg = dataclasses.replace(SMALL, recompute_every=0, dtype="bfloat16")
     cpu, gpu = (
         rehearse(dataclasses.replace(cfg, device=device), layout, "motion", 2) for device in ("cpu", "cuda")
     )

@@ -16,6 +16,7 @@ from sdv import diagnostics
 from sdv.diagnostics import gradients, probe
 from sdv.lora import lora_parameters
 from sdv.run import report as diagnostics_report
+from sdv.run.parallel import average
 from sdv.run.settings import run as run_command
 from sdv.surgery import Surgery
 
@@ -73,7 +74,7 @@ def assert_same_run(one: Path, two: Path, step: int) -> None:
 
 def test_training_is_bit_identical_with_and_without_the_probe(run):
     with_probe, without = run("with", steps=3, probe_every=1), run("without", steps=3, probe_every=0)
-    assert [row["step"] for row in lines(with_probe / "probes.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in lines(with_probe / "probes.jsonl")] == [0, 1, 2, 3]
     assert not (without / "probes.jsonl").exists()
     assert_same_run(with_probe, without, 3)
 
@@ -108,7 +109,7 @@ def test_a_resumed_run_repeats_its_probes_and_its_surgery(run):
     run("parts", steps=5, resume="", **settings)
     assert_same_run(whole, parts, 5)
     assert {row["task"] for row in lines(whole / "metrics.jsonl")} == set(diagnostics.TASKS)
-    assert [row["step"] for row in lines(parts / "probes.jsonl")] == [0, 2, 4]
+    assert [row["step"] for row in lines(parts / "probes.jsonl")] == [0, 2, 4, 5]
     assert lines(whole / "probes.jsonl", "seconds") == lines(parts / "probes.jsonl", "seconds")
 
 
@@ -152,6 +153,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     for task, first in (("identity", 0), ("motion", 6)):
         loss(slice(first + rank * share, first + (rank + 1) * share)).backward()
         surgery.take(task)
+    average(surgery.sums())
     surgery.put()
     if rank == 0:
         saved = [p.grad for p in params.values()]

@@ -18,8 +18,10 @@ import sample
 import train
 import weights
 from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, losses, run
+from sdv import seeds
 from sdv.data.rows import Clips, Pairs
 from sdv.objectives import denoising_loss, draws_of
+from sdv.run import held_out
 from sdv.run import saves as runs
 
 
@@ -31,7 +33,7 @@ def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_p
     look = {"--sample-every": 25, "--sample-manifest": manifest, "--sample-steps": 2}
     run(monkeypatch, train, {"--backbone": tiny, "--out": out, "--steps": 40, **RUN, **look})
     assert [v.name for v in sorted((out / "samples").iterdir())] == [
-        f"step-{step:06d}-{shot:02d}.mp4" for step in (0, 25) for shot in (0, 1)
+        f"step-{step:06d}-{shot:02d}.mp4" for step in (0, 25, 40) for shot in (0, 1)
     ]
     before, after = fixed_losses(tiny, None), fixed_losses(tiny, out / "step-000040" / "adapter.safetensors")
     assert after["identity"] < 0.9 * before["identity"]
@@ -46,8 +48,8 @@ def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_p
     )
     sample.main()
     videos = sorted((tmp_path / "samples").glob("*.mp4"))
-    assert [v.name for v in videos] == [
-        f"{i:02d}-seed{s}-{w}.mp4" for i, w in enumerate(("a-dog", "a-cat")) for s in (0, 1)
+    assert [v.name.rpartition("-")[0] for v in videos] == [
+        f"{i:02d}-seed{s}-{w}" for i, w in enumerate(("a-dog", "a-cat")) for s in (0, 1)
     ]
     assert len({v.read_bytes() for v in videos}) == 4
 
@@ -233,3 +235,74 @@ def test_sample_refuses_bad_input_before_loading(monkeypatch, tiny, tmp_path):
     ):
         with pytest.raises(error, match=match):
             run(monkeypatch, sample, base | change)
+
+
+def test_a_resumed_run_with_fewer_steps_writes_nothing(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, "--out": tmp_path, **RUN}
+    run(monkeypatch, train, options | {"--steps": 2})
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match=f"--steps {steps}: .*step-000002 is as far"):
+            run(monkeypatch, train, options | {"--steps": steps, "--resume": ""})
+    assert [save.name for save in runs.saves(tmp_path)] == ["step-000002"]
+
+
+def test_a_fresh_run_keeps_no_numbers_of_an_old_one(monkeypatch, tiny, tmp_path):
+    (tmp_path / "validation.jsonl").write_text('{"step": 0, "task": "motion", "loss": 9}\n')
+    run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path, "--steps": 1, **RUN})
+    assert not (tmp_path / "validation.jsonl").exists()
+
+
+def test_the_finished_model_is_validated_and_the_vae_is_loaded_once(monkeypatch, tiny, tmp_path):
+    for kind in ("pairs", "clips"):
+        shutil.copytree(MEDIA / kind, tmp_path / kind)
+    (tmp_path / "shots.jsonl").write_text('{"prompt": "a dog"}')
+    load, loaded = weights.load_backbone, []
+
+    def counted(path, device, dtype, parts, log):
+        loaded.extend(parts)
+        return load(path, device, dtype, parts, log)
+
+    monkeypatch.setattr(train.weights, "load_backbone", counted)
+    look = {"--val-pairs": tmp_path / "pairs", "--val-clips": tmp_path / "clips", "--val-batches": 1}
+    look |= {"--val-every": 2, "--probe-every": 0, "--sample-every": 9, "--sample-steps": 1}
+    look |= {"--sample-manifest": tmp_path / "shots.jsonl"}
+    run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 3, **RUN, **look})
+    rows = map(json.loads, (tmp_path / "run" / "validation.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if row["task"] == "motion"] == [0, 2, 3]
+    assert sorted(loaded) == ["dit", "text", "vae"]
+
+
+def test_held_out_pairs_and_losses_draw_apart():
+    key = 0, 3, 1
+    one, two = (held_out.fixed_draws(stream, *key) for stream in (seeds.PROBE, seeds.PROBE_PAIR))
+    assert one.each[0].initial_seed() != two.each[0].initial_seed()
+
+
+def test_a_coin_a_micro_batch_is_resumed_with_the_same_cut_only(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, "--out": tmp_path, **RUN, "--coin": "micro", "--accumulate": 2}
+    run(monkeypatch, train, options | {"--steps": 1})
+    other = {"--steps": 2, "--resume": "", "--accumulate": 1, "--identity-batch": 4, "--motion-batch": 2}
+    with pytest.raises(ValueError, match="changed: cut was"):
+        run(monkeypatch, train, options | other)
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+
+
+def test_a_run_says_where_it_comes_from(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, "--out": tmp_path, **RUN}
+    run(monkeypatch, train, options | {"--steps": 1})
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+    first, second = json.loads((tmp_path / "config.json").read_text())["parts"]
+    assert (
+        first["settings"]["rank"] == 8 and first["settings"]["steps"] == 1 and "--resume" in second["command"]
+    )
+    assert first["versions"]["torch"] == torch.__version__ and "CPU" in first["device"]
+
+
+def test_a_run_begun_before_settings_were_renamed_goes_on(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, "--out": tmp_path, **RUN}
+    run(monkeypatch, train, options | {"--steps": 1})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["parts"]
+    config["frozen"] = config.pop("base_storage")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})

@@ -18,7 +18,7 @@ from helpers import MEDIA, blocks, chw, difference, status
 from sdv.data import media, pixels
 from sdv.data.__main__ import main
 from sdv.data.rows import CLIP, Clips, scan_rows
-from sdv.run.log import read_shots
+from sdv.run.films import read_shots
 
 SIZE = ("--height", 32, "--width", 48, "--frames", 5, "--fps", 8)
 

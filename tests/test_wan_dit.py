@@ -191,7 +191,7 @@ def test_recomputing_blocks_changes_no_gradient(stock, training):
         dit = load(stock[1]).train(training)
         torch.manual_seed(0)
         add_lora(dit, 4, 4.0, dit.lora_targets)
-        dit.checkpoint_every = every
+        dit.recompute_every = every
         dit(video, t, text, ref).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(dit).values()]))
     assert gradients[0].norm() > 0

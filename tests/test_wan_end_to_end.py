@@ -21,7 +21,7 @@ from sdv.objectives import denoising_loss, draws_of
 from sdv.seeds import generator
 from weights import tiny as tiny_models
 from weights import wan
-from weights.tensors import rename, reverse
+from weights.tensors import rename, reverse, save_module
 
 SIZE = {"--height": 64, "--width": 96, "--frames": 9, "--fps": 8}
 RUN = {
@@ -202,7 +202,7 @@ def original(tiny, tmp_path, monkeypatch):
     (path / "config.json").write_text(json.dumps(config))
     for name, part in weights.open_backbone(path).parts.items():
         module = getattr(backbone, name).get_submodule(part.root)
-        weights.save_module(module, part.names, path / part.folder / part.file, torch.float32)
+        save_module(module, part.names, path / part.folder / part.file, torch.float32)
     tensors = load_file(path / wan.DIT_FILE)
     (path / wan.DIT_FILE).unlink()
     where = {}

@@ -6,7 +6,25 @@ from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from sdv.models.text import T5Config, T5Encoder, TextEncoder, Tokenizer
 from sdv.schedule import VPrediction
-from weights.layout import Layout, Part, read_config
+from weights.fields import (
+    EPS,
+    HEADS,
+    LAYERS,
+    SHIFT,
+    STEPS,
+    TOKENS,
+    WIDTH,
+    Choice,
+    Fields,
+    Flag,
+    Many,
+    Real,
+    Row,
+    Whole,
+    fixed,
+    read_fields,
+)
+from weights.layout import Layout, Part, read_config, require_rows, same_channels, same_model
 from weights.tensors import Names
 from weights.vocabulary import read_pieces
 
@@ -31,55 +49,48 @@ DIT_NAMES: Names = {
     "proj_out": "proj_out",
 }
 
-# What the family members that are not supported look like in transformer/config.json, and why they are not.
-DIT_REFUSED = (
-    ("patch_size_t", None, "CogVideoX 1.5 patches time as well, and lays out its positions another way"),
-    ("use_rotary_positional_embeddings", True, "CogVideoX-2B has sine-cosine positions, not rotary ones"),
-    ("use_learned_positional_embeddings", False, "the image-to-video model has learned positions"),
-    ("ofs_embed_dim", None, "the 1.5 image-to-video model has an extra time embedding"),
-)
-
-# Fields with one supported value; absent means the library's default, which is that value.
-DIT_FIXED = {
-    "activation_fn": "gelu-approximate",
-    "timestep_activation_fn": "silu",
-    "attention_bias": True,
-    "patch_bias": True,
-    "norm_elementwise_affine": True,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "temporal_interpolation_scale": 1.0,
+# CogVideoX-2B and -1.5 and the image-to-video models are told by what they have that 5B has not.
+DIT_FIELDS: Fields = {
+    "_class_name": fixed("CogVideoXTransformer3DModel", "supported: CogVideoX-5B and Wan 2.2 TI2V-5B"),
+    "patch_size_t": fixed(None, "CogVideoX 1.5 patches time as well, and lays out its positions another way"),
+    "use_rotary_positional_embeddings": fixed(
+        True, "CogVideoX-2B has sine-cosine positions; supported: CogVideoX-5B text-to-video", default=False
+    ),
+    "use_learned_positional_embeddings": fixed(False, "the image-to-video model has learned positions"),
+    "ofs_embed_dim": fixed(None, "the 1.5 image-to-video model has an extra time embedding"),
+    "activation_fn": fixed("gelu-approximate"),
+    "timestep_activation_fn": fixed("silu"),
+    "attention_bias": fixed(True),
+    "patch_bias": fixed(True),
+    "norm_elementwise_affine": fixed(True),
+    "flip_sin_to_cos": fixed(True),
+    "freq_shift": fixed(0),
+    "temporal_interpolation_scale": fixed(1.0),
+    "num_layers": Row(LAYERS, 30, "layers"),
+    "num_attention_heads": Row(HEADS, 30, "heads"),
+    "attention_head_dim": Row(Whole(16, 512, step=16), 64, "head_dim"),
+    "in_channels": Row(WIDTH, 16, "channels"),
+    "out_channels": Row(WIDTH, 16, "out_channels"),
+    "patch_size": Row(Whole(1, 16), 2, "patch"),
+    "time_embed_dim": Row(WIDTH, 512, "time_dim"),
+    "text_embed_dim": Row(WIDTH, 4096, "text_dim"),
+    "max_text_seq_length": Row(TOKENS, 226, "text_tokens"),
+    "norm_eps": Row(EPS, 1e-5, "norm_eps"),
+    "sample_height": Row(Whole(1, 4096), 60, "base_height"),
+    "sample_width": Row(Whole(1, 4096), 90, "base_width"),
+    "sample_frames": Row(Whole(1, 4097), 49, "base_frames"),
 }
 
 
 def dit_config(json: dict) -> CogVideoXConfig:
     """transformer/config.json -> CogVideoXConfig. ValueError, with the reason, if it is not supported."""
-    for field, wanted, reason in DIT_REFUSED:
-        found = json.get(field, False if field == "use_rotary_positional_embeddings" else wanted)
-        if found != wanted:
-            raise ValueError(f"{field} = {found!r}: {reason}; supported: CogVideoX-5B text-to-video")
-    for field, wanted in DIT_FIXED.items():
-        if json.get(field, wanted) != wanted:
-            raise ValueError(f"{field} = {json[field]!r}; supported: {wanted!r}, as in CogVideoX-5B")
-    if json.get("in_channels", 16) != json.get("out_channels", 16):
-        raise ValueError(
-            f"in_channels = {json['in_channels']}, out_channels = {json['out_channels']}: the image-to-video "
-            "model takes an image beside the noise; the method starts from the text-to-video model"
-        )
-    return CogVideoXConfig(
-        layers=json.get("num_layers", 30),
-        heads=json.get("num_attention_heads", 30),
-        head_dim=json.get("attention_head_dim", 64),
-        channels=json.get("in_channels", 16),
-        patch=json.get("patch_size", 2),
-        time_dim=json.get("time_embed_dim", 512),
-        text_dim=json.get("text_embed_dim", 4096),
-        text_tokens=json.get("max_text_seq_length", 226),
-        norm_eps=json.get("norm_eps", 1e-5),
-        base_height=json.get("sample_height", 60),
-        base_width=json.get("sample_width", 90),
-        base_frames=json.get("sample_frames", 49),
-    )
+    found = read_fields(json, DIT_FIELDS)
+    same_channels("in_channels", found["channels"], "out_channels", found.pop("out_channels"))
+    for field in ("base_height", "base_width"):
+        if found[field] % found["patch"]:
+            theirs = field.replace("base", "sample")
+            raise ValueError(f"{theirs} = {found[field]} is not a multiple of patch_size = {found['patch']}")
+    return CogVideoXConfig(**found)
 
 
 # ------------------------------------------------------------------------------------------------ VAE
@@ -110,39 +121,36 @@ VAE_NAMES: Names = {
     "decoder.conv_out.conv": "decoder.conv_out",
 }
 
-# Fields with one supported value; absent means the library's default, which is that value.
-VAE_FIXED = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "act_fn": "silu",
-    "norm_eps": 1e-6,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "invert_scale_latents": False,
+VAE_FIELDS: Fields = {
+    "_class_name": fixed("AutoencoderKLCogVideoX"),
+    "in_channels": fixed(3),
+    "out_channels": fixed(3),
+    "act_fn": fixed("silu"),
+    "norm_eps": fixed(1e-6),
+    "shift_factor": fixed(None),
+    "latents_mean": fixed(None),
+    "latents_std": fixed(None),
+    "use_quant_conv": fixed(False),
+    "use_post_quant_conv": fixed(False),
+    "invert_scale_latents": fixed(False),
+    "block_out_channels": Row(Many(WIDTH, 1, 8), (128, 256, 256, 512), "widths"),
+    "layers_per_block": Row(Whole(1, 32), 3, "layers"),
+    "norm_num_groups": Row(WIDTH, 32, "groups"),
+    "latent_channels": Row(WIDTH, 16, "latent_channels"),
+    "temporal_compression_ratio": Row(Whole(1, 64), 4, "temporal_ratio"),
+    "scaling_factor": Row(Real(1e-3, 1e3), 1.15258426, "scaling"),
+    "sample_height": Row(Whole(1, 2**15), 480, "height"),
+    "sample_width": Row(Whole(1, 2**15), 720, "width"),
 }
 
 
 def vae_config(json: dict) -> CogVideoXVAEConfig:
     """vae/config.json -> CogVideoXVAEConfig. ValueError for another autoencoder."""
-    name = json.get("_class_name", "AutoencoderKLCogVideoX")
-    if name != "AutoencoderKLCogVideoX":
-        raise ValueError(f"_class_name = {name!r}; CogVideoX's is 'AutoencoderKLCogVideoX'")
-    for field, wanted in VAE_FIXED.items():
-        if json.get(field, wanted) != wanted:
-            raise ValueError(f"{field} = {json[field]!r}; supported: {wanted!r}, as in CogVideoX-5B")
-    return CogVideoXVAEConfig(
-        widths=tuple(json.get("block_out_channels", (128, 256, 256, 512))),
-        layers=json.get("layers_per_block", 3),
-        groups=json.get("norm_num_groups", 32),
-        latent_channels=json.get("latent_channels", 16),
-        temporal_ratio=int(json.get("temporal_compression_ratio", 4)),
-        scaling=json.get("scaling_factor", 1.15258426),
-        height=json.get("sample_height", 480),
-        width=json.get("sample_width", 720),
-    )
+    try:
+        return CogVideoXVAEConfig(**read_fields(json, VAE_FIELDS))
+    except ValueError as error:
+        fields = "block_out_channels, norm_num_groups, temporal_compression_ratio: "
+        raise ValueError(f"{'' if ' = ' in str(error) else fields}{error}") from error
 
 
 # ------------------------------------------------------------------------------------- text encoder
@@ -163,57 +171,64 @@ T5_NAMES: Names = {
 }
 
 
-def t5_config(json: dict) -> T5Config:
+T5_FIELDS: Fields = {
+    "model_type": fixed("t5", "CogVideoX reads text with 't5'"),
+    "feed_forward_proj": fixed(
+        "gated-gelu",
+        "the first T5, without a gate; supported: 'gated-gelu', which is T5 v1.1",
+        default="relu",
+    ),
+    "vocab_size": Row(Whole(1, 2**22), 32128, "vocab"),
+    "d_model": Row(WIDTH, 512, "dim"),
+    "num_layers": Row(LAYERS, 6, "layers"),
+    "num_heads": Row(HEADS, 8, "heads"),
+    "d_kv": Row(Whole(1, 4096), 64, "head_dim"),
+    "d_ff": Row(WIDTH, 2048, "hidden"),
+    "relative_attention_num_buckets": Row(Whole(4, 4096), 32, "buckets"),
+    "relative_attention_max_distance": Row(Whole(2, 2**20), 128, "max_distance"),
+    "layer_norm_epsilon": Row(EPS, 1e-6, "eps"),
+}
+
+
+def t5_config(json: dict, fields: Fields = T5_FIELDS) -> T5Config:
     """text_encoder/config.json -> T5Config. ValueError for any text encoder but T5 v1.1."""
-    if json.get("model_type", "t5") != "t5":
-        raise ValueError(f"model_type = {json['model_type']!r}; CogVideoX reads text with 't5'")
-    if json.get("feed_forward_proj", "relu") != "gated-gelu":
+    cfg = T5Config(**read_fields(json, fields))
+    if cfg.max_distance <= cfg.buckets // 4:
         raise ValueError(
-            f"feed_forward_proj = {json.get('feed_forward_proj', 'relu')!r}: the first T5, without a gate; "
-            "supported: 'gated-gelu', which is T5 v1.1"
+            f"relative_attention_max_distance = {cfg.max_distance}; supported: more than a quarter of "
+            f"relative_attention_num_buckets = {cfg.buckets}, each of which has a distance of its own"
         )
-    return T5Config(
-        vocab=json.get("vocab_size", 32128),
-        dim=json.get("d_model", 512),
-        layers=json.get("num_layers", 6),
-        heads=json.get("num_heads", 8),
-        head_dim=json.get("d_kv", 64),
-        hidden=json.get("d_ff", 2048),
-        buckets=json.get("relative_attention_num_buckets", 32),
-        max_distance=json.get("relative_attention_max_distance", 128),
-        eps=json.get("layer_norm_epsilon", 1e-6),
-    )
+    return cfg
 
 
 # ------------------------------------------------------------------------------------------ schedule
-SAMPLER_OF = {"CogVideoXDDIMScheduler": "ddim", "CogVideoXDPMScheduler": "dpm"}
-
-# (field, the library's default, the supported value, what another value means)
-SCHEDULE_FIXED = (
-    ("prediction_type", "epsilon", "v_prediction", "the network would predict something else than velocity"),
-    ("timestep_spacing", "leading", "trailing", "sampling would not start from pure noise"),
-    ("beta_schedule", "scaled_linear", "scaled_linear", "another noise schedule"),
-    ("trained_betas", None, None, "a noise schedule of its own"),
-    ("set_alpha_to_one", True, True, "sampling would stop before the last noise is gone"),
-)
+SCHEDULE_FIELDS: Fields = {
+    "_class_name": Row(
+        Choice({"CogVideoXDDIMScheduler": "ddim", "CogVideoXDPMScheduler": "dpm"}), None, "default_sampler"
+    ),
+    "prediction_type": fixed(
+        "v_prediction", "the network would predict something else than velocity", default="epsilon"
+    ),
+    "timestep_spacing": fixed("trailing", "sampling would not start from pure noise", default="leading"),
+    "beta_schedule": fixed("scaled_linear"),
+    "trained_betas": fixed(None, "a noise schedule of its own"),
+    "set_alpha_to_one": fixed(True, "sampling would stop before the last noise is gone"),
+    "num_train_timesteps": Row(STEPS, 1000, "train_steps"),
+    "beta_start": Row(Real(1e-6, 0.5), 0.00085, "beta_start"),
+    "beta_end": Row(Real(1e-6, 0.5), 0.012, "beta_end"),
+    "rescale_betas_zero_snr": Row(Flag(), False, "zero_snr"),
+    "snr_shift_scale": Row(SHIFT, 3.0, "snr_shift_scale"),
+}
 
 
 def schedule_from(json: dict) -> VPrediction:
     """scheduler/scheduler_config.json -> the noise process. ValueError, with the reason, for another one."""
-    name = json.get("_class_name")
-    if name not in SAMPLER_OF:
-        raise ValueError(f"_class_name = {name!r}: not CogVideoX's; supported: {', '.join(SAMPLER_OF)}")
-    for field, default, wanted, reason in SCHEDULE_FIXED:
-        if json.get(field, default) != wanted:
-            raise ValueError(f"{field} = {json.get(field, default)!r}: {reason}; supported: {wanted!r}")
-    return VPrediction(
-        train_steps=json.get("num_train_timesteps", 1000),
-        beta_start=json.get("beta_start", 0.00085),
-        beta_end=json.get("beta_end", 0.012),
-        zero_snr=json.get("rescale_betas_zero_snr", False),
-        snr_shift_scale=json.get("snr_shift_scale", 3.0),
-        default_sampler=SAMPLER_OF[name],
-    )
+    schedule = VPrediction(**read_fields(json, SCHEDULE_FIELDS))
+    if schedule.beta_end < schedule.beta_start:
+        raise ValueError(
+            f"beta_end = {schedule.beta_end}; supported: beta_start = {schedule.beta_start} or more"
+        )
+    return schedule
 
 
 # ------------------------------------------------------------------------------------------- the folder
@@ -231,7 +246,14 @@ def read_layout(path: Path) -> Layout:
     dit = read_config(path / CONFIGS["dit"], dit_config)
     vae = read_config(path / CONFIGS["vae"], vae_config)
     text = read_config(path / CONFIGS["text"], t5_config)
+    same_model(path, dit, vae, text)
+    if (dit.base_frames - 1) % vae.temporal_ratio:
+        raise ValueError(
+            f"{path / CONFIGS['dit']}: sample_frames = {dit.base_frames}; supported: a multiple of the VAE's "
+            f"temporal_compression_ratio = {vae.temporal_ratio}, and one more"
+        )
     tokenizer = Tokenizer(read_pieces(path / TOKENIZER), dit.text_tokens)
+    require_rows(path / CONFIGS["text"], tokenizer, text)
     vocabulary = sorted(str(file.relative_to(path)) for file in path.glob("tokenizer/*"))
     weights_file = "diffusion_pytorch_model.safetensors"
     return Layout(

@@ -8,7 +8,6 @@ what neither the file, its format nor the caller says stays unknown, and is an e
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 
 from sdv.data.files import write_whole
 from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.layers import is_finite
 from sdv.models.wan_dit import WanDiT
 from weights import cogvideox, wan
+from weights.peft_settings import alpha_of, check, settings_of
 from weights.tensors import Names, read_json, rename, reverse, save_tensors
 
 METADATA = "lora_adapter_metadata"  # peft's settings as JSON, where diffusers looks for them
@@ -30,6 +31,11 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Beside them, in every format, since no tool takes there what it does not know:
 PLACE = "ref_position"
 TOKENS = "lora_tokens"  # "all", or "ref": the reference's alone
+
+LARGEST = torch.finfo(torch.float32).max
+STORED = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------------- the formats
 AB, DEFAULT_AB = ("lora_A", "lora_B"), ("lora_A.default", "lora_B.default")
@@ -51,10 +57,13 @@ class Format(NamedTuple):
 # Tried in this order: a bare key with `.default` in a native name is DiffSynth's.
 FORMATS = {
     "comfyui": Format(
-        ("diffusion_model.",), (AB, DOWN_UP, DEFAULT_AB), ("native", "diffusers"), "key",
-        convention="the rank, as ComfyUI reads a file without it",
+        ("diffusion_model.", "model.diffusion_model."), (AB, DOWN_UP, DEFAULT_AB), ("native", "diffusers"),
+        "key", convention="the rank, as ComfyUI reads a file without it",
     ),
-    "kohya": Format(("lora_unet_",), (DOWN_UP, AB), ("native", "diffusers"), "key", flat=True),
+    "kohya": Format(  # and, in this order, VideoX-Fun, OneTrainer, SimpleTuner
+        ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_"), (DOWN_UP, AB),
+        ("native", "diffusers"), "key", flat=True,
+    ),
     "diffsynth": Format(
         ("", "pipe.dit."), (DEFAULT_AB,), ("diffsynth",), "nowhere", folded=True,
         convention="the rank, as always in DiffSynth",
@@ -64,15 +73,21 @@ FORMATS = {
     "diffusers": Format(("transformer.", ""), (AB, DEFAULT_AB), ("diffusers", "native"), "metadata"),
 }  # fmt: skip
 
-# What is none of these formats, by a part of its keys.
+# What wraps a layer's name without meaning anything: torch's data parallel, torch.compile.
+WRAPPERS = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
+
+# What is none of these formats, by its keys.
 REFUSED = {
-    "lora_magnitude_vector": "DoRA, which also rescales the weight",
-    "dora_scale": "DoRA, which also rescales the weight",
-    "lokr_": "LoKr, not a LoRA",
-    "hada_": "LoHa, not a LoRA",
-    "lora_mid": "a LoRA in three parts (Tucker)",
-    ".diff": "a change of a whole weight or bias",
-    ".bias": "a change of a bias",
+    r"\.lora_magnitude_vector\b|\.dora_scale$": "DoRA, which also rescales the weight",
+    r"\.lokr_\w+$": "LoKr, not a LoRA",
+    r"\.hada_\w+$": "LoHa, not a LoRA",
+    r"\.oft_\w+$|\.boft_\w+$": "OFT, not a LoRA",
+    r"\.lora_mid\b": "a LoRA in three parts (Tucker)",
+    r"\.lora_diag\b": "KaSA, which also scales each rank",
+    r"\.(diff|diff_b|set_weight|w_norm|b_norm)$": "a change of a whole weight or bias",
+    r"\.bias$": "a change of a bias",
+    r"\.matrix_[AB]\.\d+$": "a LoRA in the names of SAT, CogVideoX's first training code: export it first",
+    r"^(lora_te\d?_|text_encoder)": "a LoRA of the text encoder, which stays as it is",
 }
 
 # ComfyUI's CogVideoX, the layers that can hold a LoRA.
@@ -201,11 +216,17 @@ def read(path: Path, family: Family | None = None, alpha: float | None = None) -
     updates, sources = {}, set()
     for ours, parts in layers.items():
         _check_parts(path, spelled[ours], parts)
-        value, source = alpha, "as asked"
+        value, source, rank = alpha, "as asked", len(parts["A"])
         if alpha is None:
-            value, source = _alpha(path, parts, settings, spelled[ours]), "from the file"
+            said = parts["alpha"].item() if "alpha" in parts else None
+            value = alpha_of(str(path), settings, spelled[ours], rank) if said is None else said
+            source = "from the file"
         if value is None and (convention := FORMATS[name].convention):
-            value, source = float(len(parts["A"])), convention
+            value, source = float(rank), convention
+        if value is not None and not abs(value) <= LARGEST:
+            raise ValueError(
+                f"{path}: the alpha of {spelled[ours]} is {value} ({source}), not a finite number"
+            )
         updates[ours] = Update(parts["A"], parts["B"], value)
         sources.add("" if value is None else source)
     # Half an answer is none.
@@ -226,13 +247,20 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict]:
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file, or cut short ({error})") from error
     if file.name == PEFT_WEIGHTS and (config := file.with_name(PEFT_CONFIG)).is_file():
-        settings = read_json(config)
+        where, settings = str(config), read_json(config)
     else:
+        where = f"{file}: {METADATA} in its metadata"
         try:
             settings = dict(json.loads(metadata.get(METADATA, "{}")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: {METADATA} in its metadata is no JSON object ({error})") from error
-    settings = {field.removeprefix("transformer."): value for field, value in settings.items()}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{where} is no JSON object ({error})") from error
+    if any(field.startswith("transformer.") for field in settings):  # beside others' of the pipeline
+        settings = {
+            field.removeprefix("transformer."): value
+            for field, value in settings.items()
+            if field.startswith("transformer.")
+        }
+    check(where, settings)
     return tensors, {name: metadata[name] for name in (PLACE, TOKENS) if name in metadata}, settings
 
 
@@ -252,8 +280,9 @@ def _recognise(
             fits.append(([key for key, place in places.items() if place is None], name, kind, places))
     strange, name, kind, places = min(fits, key=lambda fit: len(fit[0]))
     if strange:
-        key, wanted = strange[0], label(family) if family else " or ".join(map(label, LAYERS))
-        reason = next((reason for part, reason in REFUSED.items() if part in key), "")
+        wanted = label(family) if family else " or ".join(map(label, LAYERS))
+        reasons = ((key, why) for key in strange for what, why in REFUSED.items() if re.search(what, key))
+        key, reason = next(reasons, (strange[0], ""))
         raise ValueError(
             f"{path}: {key}, like {len(strange)} of {len(places)} keys, "
             + (
@@ -268,7 +297,7 @@ def _recognise(
 
 
 def _place(key: str, format: Format, family: Family) -> Place | None:
-    match = _pattern(format).fullmatch(key)
+    match = _pattern(format).fullmatch(WRAPPERS.sub("", key))
     ours = _ours(match["layer"], format, family) if match else None
     return None if ours is None else (ours, match["layer"], match.lastgroup)
 
@@ -301,26 +330,19 @@ def _check_parts(path: Path, layer: str, parts: dict[str, Tensor]) -> None:
     a, b = parts["A"], parts["B"]
     if a.ndim != b.ndim or a.ndim < 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise ValueError(f"{path}: {layer} has A of shape {list(a.shape)} and B of shape {list(b.shape)}")
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise ValueError(f"{path}: {layer} is stored as {a.dtype}: quantised, and without its scales")
-    if "alpha" in parts and (parts["alpha"].numel() != 1 or not parts["alpha"].isfinite()):
+    for half, tensor in (("A", a), ("B", b)):
+        if tensor.dtype not in STORED:
+            raise ValueError(
+                f"{path}: {layer} is stored as {tensor.dtype}: quantised, and without its scales"
+            )
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{path}: lora_{half} of {layer} has NaN or infinity: the training that wrote it broke; take "
+                "an earlier save"
+            )
+    alpha = parts.get("alpha", a.new_ones(()))
+    if alpha.numel() != 1 or alpha.is_complex() or not is_finite(alpha):
         raise ValueError(f"{path}: the alpha of {layer} is not one number")
-
-
-def _alpha(path: Path, parts: dict[str, Tensor], settings: dict, layer: str) -> float | None:
-    """What the file says of one layer, in a tensor beside it or in peft's settings."""
-    if "alpha" in parts:
-        return parts["alpha"].item()
-    if "lora_alpha" not in settings:
-        return None
-    try:
-        patterns = (settings.get("alpha_pattern") or {}).items()
-        own = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", layer))
-        alpha = float(next(own, settings["lora_alpha"]))
-    except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise ValueError(f"{path}: broken lora_alpha or alpha_pattern in its settings ({error})") from error
-    # rsLoRA's scale is alpha / sqrt(rank).
-    return alpha * math.sqrt(len(parts["A"])) if settings.get("use_rslora") else alpha
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -338,6 +360,11 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
     for ours, update in adapter.known.updates.items():
         if format.folded:
             update = Update(update.A, _scaled(update.B, update.scale), float(update.rank))
+            if not is_finite(update.B):
+                raise ValueError(
+                    f"{path}: lora_B of {ours} is infinite once alpha / rank is folded into it, as {name} "
+                    "does; choose another format"
+                )
         layer = _theirs(path, ours, name, adapter.family)
         key = format.prefixes[0] + layer
         tensors |= {f"{key}.{down}.weight": update.A, f"{key}.{up}.weight": update.B}
@@ -345,7 +372,7 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
             tensors[f"{key}.alpha"] = torch.tensor(update.alpha)
         updates[layer] = update
     metadata = {"format": "pt", **adapter.notes}
-    settings = _settings(updates)
+    settings = settings_of(updates)
     if format.alpha == "metadata":
         prefixed = {f"transformer.{field}": value for field, value in settings.items()}
         metadata[METADATA] = json.dumps(prefixed, sort_keys=True)
@@ -372,14 +399,3 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
     product = tensor.float() * scale
     narrow = product.to(tensor.dtype)
     return narrow if torch.equal(narrow.float(), product) else product
-
-
-def _settings(updates: dict[str, Update]) -> dict:
-    """peft's settings: the most frequent rank and alpha, and the layers that have others."""
-    settings = {"target_modules": sorted(updates)}
-    for field, pattern, of in (("r", "rank_pattern", "rank"), ("lora_alpha", "alpha_pattern", "alpha")):
-        values = {layer: getattr(update, of) for layer, update in updates.items()}
-        settings[field] = Counter(values.values()).most_common(1)[0][0]
-        if others := {layer: value for layer, value in values.items() if value != settings[field]}:
-            settings[pattern] = others
-    return settings

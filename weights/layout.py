@@ -7,10 +7,17 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
+from sdv.models.cogvideox_dit import CogVideoXConfig
+from sdv.models.cogvideox_vae import CogVideoXVAEConfig
+from sdv.models.text import T5Config, Tokenizer
+from sdv.models.wan_dit import WanConfig
+from sdv.models.wan_vae import WanVAEConfig
 from sdv.schedule import NoiseProcess
 from weights.tensors import Names, read_json
 
 T = TypeVar("T")
+DiTConfig = CogVideoXConfig | WanConfig
+VAEConfig = CogVideoXVAEConfig | WanVAEConfig
 
 
 class Part(NamedTuple):
@@ -57,3 +64,32 @@ def read_config(file: Path, convert: Callable[[dict], T]) -> T:
         return convert(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def same_channels(field_in: str, channels_in: int, field_out: str, channels_out: int) -> None:
+    """ValueError for a transformer that takes more than it gives."""
+    if channels_in != channels_out:
+        raise ValueError(
+            f"{field_in} = {channels_in}, {field_out} = {channels_out}: an image-to-video model, which takes "
+            "an image beside the noise; the method starts from a text-to-video model"
+        )
+
+
+def require_rows(file: Path, tokenizer: Tokenizer, text: T5Config) -> None:
+    """ValueError if the text encoder of a config file has too few rows for a tokenizer."""
+    try:
+        tokenizer.require_rows(text.vocab)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def same_model(path: Path, dit: DiTConfig, vae: VAEConfig, text: T5Config) -> None:
+    """ValueError if the parts of a folder do not fit each other."""
+    for what, of, part, wanted in (
+        ("channels", dit.channels, "VAE", vae.latent_channels),
+        ("features for a word", dit.text_dim, "text encoder", text.dim),
+    ):
+        if of != wanted:
+            raise ValueError(
+                f"{path}: the transformer has {of} {what}, the {part} {wanted}: not of one model"
+            )

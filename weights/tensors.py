@@ -6,7 +6,6 @@ differently. Whatever a table does not name is an error, never a guess.
 """
 
 import json
-import pickle
 import re
 import time
 from collections.abc import Iterable
@@ -15,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdv.data.files import write_whole
-from sdv.models.layers import stays_float32
+from sdv.data.files import save_safetensors, write_whole
+from sdv.models.layers import is_finite, stays_float32
 
 Names = dict[str, str | None]
 
@@ -83,12 +81,12 @@ class Pickle:
             raise FileNotFoundError(f"{file}: missing. Download it again.")
         try:
             self.where = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a damaged pickle fails in any way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{file}: damaged, or more than tensors ({reason}). Download it again."
             ) from error
-        if not all(isinstance(tensor, Tensor) for tensor in self.where.values()):
+        if not isinstance(self.where, dict) or not all(isinstance(x, Tensor) for x in self.where.values()):
             raise ValueError(
                 f"{file}: holds something else than named tensors: another file of the same name?"
             )
@@ -116,7 +114,10 @@ def shards(folder: Path) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return [folder / f"{stem}.safetensors"]
-    names = sorted(set(read_json(index, "weight_map").values()))
+    names = read_json(index, "weight_map").values()
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index}: weight_map names something else than files. Download it again.")
+    names = sorted(set(names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -138,11 +139,12 @@ def read_json(path: Path, field: str | None = None) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a checkpoint in the diffusers layout has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting without end
         raise ValueError(f"{path}: broken JSON ({error})") from error
-    if not isinstance(content, dict) or (field is not None and field not in content):
-        raise ValueError(f"{path}: expected a JSON object" + (f" with the field {field!r}" if field else ""))
+    if not isinstance(content, dict) or (field is not None and not isinstance(content.get(field), dict)):
+        wanted = "" if field is None else f" with the object {field!r}"
+        raise ValueError(f"{path}: expected a JSON object{wanted}")
     return content if field is None else content[field]
 
 
@@ -210,6 +212,11 @@ def load_into(
         owner, _, leaf = ours.rpartition(".")
         kept = torch.float32 if stays_float32(module, ours) else dtype
         tensor = checkpoint[theirs].to(device=device, dtype=kept)
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{source}: {theirs} has NaN or infinity in {kept}: damaged, or a training that broke. "
+                "Download it again."
+            )
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         size += tensor.nbytes
         count += tensor.numel()
@@ -224,7 +231,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     if path.suffix == ".pth":
         write_whole(path, lambda to: torch.save(tensors, to))
     else:
-        write_whole(path, lambda to: save_file(tensors, to, metadata))
+        write_whole(path, lambda to: save_safetensors(tensors, to, metadata))
 
 
 def save_module(module: nn.Module, names: Names, path: Path, dtype: torch.dtype) -> None:

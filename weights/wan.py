@@ -7,8 +7,27 @@ from sdv.models.text import CLEANING, T5Config, T5Encoder, Tokenizer, UMT5TextEn
 from sdv.models.wan_dit import WanConfig, WanDiT
 from sdv.models.wan_vae import WanVAE, WanVAEConfig
 from sdv.schedule import FlowMatching
-from weights.cogvideox import T5_NAMES, t5_config
-from weights.layout import Layout, Part, read_config
+from weights.cogvideox import T5_FIELDS, T5_NAMES, t5_config
+from weights.fields import (
+    EPS,
+    HEADS,
+    LAYERS,
+    SHIFT,
+    STEPS,
+    TOKENS,
+    WIDTH,
+    Choice,
+    Fields,
+    Flag,
+    Many,
+    Maybe,
+    Real,
+    Row,
+    Whole,
+    fixed,
+    read_fields,
+)
+from weights.layout import Layout, Part, read_config, require_rows, same_channels, same_model
 from weights.tensors import Names, read_json
 from weights.vocabulary import read_pieces
 
@@ -73,71 +92,59 @@ DIT_NAMES_ORIGINAL: Names = {
     "head.head": "proj_out",
 }
 
-# Fields with one supported value; absent means the library's default, which is that value.
-DIT_FIXED = {
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
+WITH_IMAGE = "models with an image encoder take their picture another way"
+DIT_FIELDS: Fields = {
+    "_class_name": fixed(
+        "WanTransformer3DModel", "supported: 'WanTransformer3DModel', as Wan 2.2 TI2V-5B has"
+    ),
+    "cross_attn_norm": fixed(True),
+    "qk_norm": fixed("rms_norm_across_heads"),
+    "image_dim": fixed(None, WITH_IMAGE),
+    "added_kv_proj_dim": fixed(None, WITH_IMAGE),
+    "pos_embed_seq_len": fixed(None, WITH_IMAGE),
+    "patch_size": Row(Many(Whole(1, 16), 3, 3), (1, 2, 2), "patch"),
+    "num_layers": Row(LAYERS, 40, "layers"),
+    "num_attention_heads": Row(HEADS, 40, "heads"),
+    "attention_head_dim": Row(Whole(2, 512, step=2), 128, "head_dim"),
+    "ffn_dim": Row(WIDTH, 13824, "hidden"),
+    "in_channels": Row(WIDTH, 16, "channels"),
+    "out_channels": Row(WIDTH, 16, "out_channels"),
+    "freq_dim": Row(Whole(2, 2**17, step=2), 256, "freq_dim"),
+    "text_dim": Row(WIDTH, 4096, "text_dim"),
+    "eps": Row(EPS, 1e-6, "norm_eps"),
+}
+ORIGINAL_DIT_FIELDS: Fields = {
+    "model_type": fixed("ti2v", "supported: 'ti2v', Wan 2.2 TI2V-5B", default=None),
+    "num_layers": Row(LAYERS, 32, "layers"),
+    "num_heads": Row(HEADS, 16, "heads"),
+    "dim": Row(WIDTH, 2048, "head_dim"),
+    "ffn_dim": Row(WIDTH, 8192, "hidden"),
+    "in_dim": Row(WIDTH, 16, "channels"),
+    "out_dim": Row(WIDTH, 16, "out_channels"),
+    "freq_dim": Row(Whole(2, 2**17, step=2), 256, "freq_dim"),
+    "text_len": Row(TOKENS, 512, "text_tokens"),
+    "eps": Row(EPS, 1e-6, "norm_eps"),
 }
 
 
 def dit_config(json: dict) -> WanConfig:
     """transformer/config.json of the diffusers layout -> WanConfig. ValueError for what is not supported."""
-    name = json.get("_class_name", "WanTransformer3DModel")
-    if name != "WanTransformer3DModel":
-        raise ValueError(
-            f"_class_name = {name!r}; supported: 'WanTransformer3DModel', as Wan 2.2 TI2V-5B has"
-        )
-    for field, wanted in DIT_FIXED.items():
-        if json.get(field, wanted) != wanted:
-            raise ValueError(
-                f"{field} = {json[field]!r}; supported: {wanted!r}, as in Wan 2.2 TI2V-5B. Models with an "
-                "image encoder take their picture another way"
-            )
-    patch = tuple(json.get("patch_size", (1, 2, 2)))
-    if patch[0] != 1 or patch[1] != patch[2]:
-        raise ValueError(f"patch_size = {list(patch)}; supported: one frame of a square, [1, 2, 2]")
-    _same_channels(json.get("in_channels", 16), json.get("out_channels", 16))
-    return WanConfig(
-        layers=json.get("num_layers", 40),
-        heads=json.get("num_attention_heads", 40),
-        head_dim=json.get("attention_head_dim", 128),
-        hidden=json.get("ffn_dim", 13824),
-        channels=json.get("in_channels", 16),
-        patch=patch[1],
-        freq_dim=json.get("freq_dim", 256),
-        text_dim=json.get("text_dim", 4096),
-        norm_eps=json.get("eps", 1e-6),
-    )
+    found = read_fields(json, DIT_FIELDS)
+    frames, height, width = found["patch"]
+    if frames != 1 or height != width:
+        raise ValueError(f"patch_size = {list(found['patch'])}; supported: one frame of a square, [1, 2, 2]")
+    same_channels("in_channels", found["channels"], "out_channels", found.pop("out_channels"))
+    return WanConfig(**found | {"patch": height})
 
 
 def original_dit_config(json: dict) -> WanConfig:
     """config.json of the original layout -> WanConfig. ValueError for what is not supported."""
-    if json.get("model_type") != "ti2v":
-        raise ValueError(f"model_type = {json.get('model_type')!r}; supported: 'ti2v', Wan 2.2 TI2V-5B")
-    _same_channels(json.get("in_dim", 16), json.get("out_dim", 16))
-    heads = json.get("num_heads", 16)
-    return WanConfig(
-        layers=json.get("num_layers", 32),
-        heads=heads,
-        head_dim=json.get("dim", 2048) // heads,
-        hidden=json.get("ffn_dim", 8192),
-        channels=json.get("in_dim", 16),
-        freq_dim=json.get("freq_dim", 256),
-        text_dim=UMT5_XXL.dim,
-        text_tokens=json.get("text_len", 512),
-        norm_eps=json.get("eps", 1e-6),
-    )
-
-
-def _same_channels(channels_in: int, channels_out: int) -> None:
-    if channels_in != channels_out:
-        raise ValueError(
-            f"{channels_in} channels in, {channels_out} out: an image-to-video model, which takes an image "
-            "beside the noise; the method starts from a text-to-video model"
-        )
+    found = read_fields(json, ORIGINAL_DIT_FIELDS)
+    dim, heads = found["head_dim"], found["heads"]
+    if dim % (2 * heads):
+        raise ValueError(f"dim = {dim}; supported: an even number for each of num_heads = {heads}")
+    same_channels("in_dim", found["channels"], "out_dim", found.pop("out_channels"))
+    return WanConfig(**found | {"head_dim": dim // heads, "text_dim": UMT5_XXL.dim})
 
 
 # ------------------------------------------------------------------------------------- text encoder
@@ -162,12 +169,19 @@ UMT5_XXL = T5Config(vocab=256_384, bias_in_every_block=True)
 UNK, EXTRA_IDS = 3, 300  # of UMT5's vocabulary
 
 
+UMT5_FIELDS: Fields = T5_FIELDS | {
+    "model_type": fixed("umt5", "Wan reads text with 'umt5'"),
+    "feed_forward_proj": fixed("gated-gelu"),
+    "vocab_size": T5_FIELDS["vocab_size"]._replace(default=250112),
+    "num_layers": T5_FIELDS["num_layers"]._replace(default=8),
+    "num_heads": T5_FIELDS["num_heads"]._replace(default=6),
+    "d_ff": T5_FIELDS["d_ff"]._replace(default=1024),
+}
+
+
 def umt5_config(json: dict) -> T5Config:
     """text_encoder/config.json -> T5Config. ValueError for any text encoder but UMT5."""
-    if json.get("model_type", "umt5") != "umt5":
-        raise ValueError(f"model_type = {json['model_type']!r}; Wan reads text with 'umt5'")
-    shared = t5_config({"feed_forward_proj": "gated-gelu", **json, "model_type": "t5"})
-    return dataclasses.replace(shared, bias_in_every_block=True)
+    return dataclasses.replace(t5_config(json, UMT5_FIELDS), bias_in_every_block=True)
 
 
 # ------------------------------------------------------------------------------------------------ VAE
@@ -222,74 +236,78 @@ for _side, _level, _resize in (("encoder", "downsamples", 2), ("decoder", "upsam
             f"{_side}.middle.2.residual.{_place}": f"{_side}.middle.block2.{_layer}",
         }
 
-# Fields with one supported value and the library's default; Wan 2.1's VAE, for one, has no shortcuts.
-VAE_FIXED = (
-    ("is_residual", False, True),
-    ("patch_size", None, 2),
-    ("in_channels", 3, 12),
-    ("out_channels", 3, 12),
-    ("attn_scales", [], []),
-)
+# Wan 2.1's, for one, has no shortcuts.
+VAE_FIELDS: Fields = {
+    "is_residual": fixed(True, default=False),
+    "patch_size": fixed(2, default=None),
+    "in_channels": fixed(12, default=3),
+    "out_channels": fixed(12, default=3),
+    "attn_scales": fixed([]),
+    "base_dim": Row(WIDTH, 96, "encoder_width"),
+    "decoder_base_dim": Row(Maybe(WIDTH), None, "decoder_width"),
+    "dim_mult": Row(Many(Whole(1, 64), 2, 8), (1, 2, 4, 4), "multipliers"),
+    "num_res_blocks": Row(Whole(1, 32), 2, "layers"),
+    "temperal_downsample": Row(Many(Flag(), 1, 7), (False, True, True), "halve_time"),
+    "z_dim": Row(WIDTH, 16, "latent_channels"),
+    "latents_mean": Row(Many(Real(-1e3, 1e3), 1, 2**17), (), "mean"),
+    "latents_std": Row(Many(Real(1e-3, 1e3), 1, 2**17), (), "std"),
+}
 
 
 def vae_config(json: dict) -> WanVAEConfig:
     """vae/config.json of the diffusers layout -> WanVAEConfig. ValueError for another autoencoder."""
-    for field, default, wanted in VAE_FIXED:
-        if json.get(field, default) != wanted:
-            raise ValueError(f"{field} = {json.get(field, default)!r}; supported: {wanted!r}, as in Wan 2.2")
-    channels = json.get("z_dim", 16)
-    for field in ("latents_mean", "latents_std"):
-        if len(json.get(field, ())) != channels:
-            raise ValueError(f"{field} has {len(json.get(field, ()))} numbers, z_dim is {channels}")
-    return WanVAEConfig(
-        encoder_width=json.get("base_dim", 96),
-        decoder_width=json.get("decoder_base_dim") or json.get("base_dim", 96),
-        multipliers=tuple(json.get("dim_mult", (1, 2, 4, 4))),
-        layers=json.get("num_res_blocks", 2),
-        halve_time=tuple(json.get("temperal_downsample", (False, True, True))),
-        latent_channels=channels,
-        mean=tuple(json["latents_mean"]),
-        std=tuple(json["latents_std"]),
-    )
+    found = read_fields(json, VAE_FIELDS)
+    channels, multipliers, halve = (found[name] for name in ("latent_channels", "multipliers", "halve_time"))
+    for field, ours in (("latents_mean", "mean"), ("latents_std", "std")):
+        if len(found[ours]) != channels:
+            raise ValueError(f"{field} has {len(found[ours])} numbers, z_dim is {channels}")
+    if len(multipliers) != len(halve) + 1:
+        raise ValueError(
+            f"dim_mult has {len(multipliers)} numbers; supported: temperal_downsample's {len(halve)} + 1"
+        )
+    # A shortcut averages the channels of a cell in groups, one for each channel of the next level.
+    cells = [4 * (1 + half) for half in halve] + [1]
+    for before, after, cell in zip((1, *multipliers), multipliers, cells, strict=False):
+        if before * cell % after:
+            raise ValueError(
+                f"dim_mult = {list(multipliers)}; supported: {after} divides {cell} times {before}"
+            )
+    return WanVAEConfig(**found | {"decoder_width": found["decoder_width"] or found["encoder_width"]})
 
 
 # ------------------------------------------------------------------------------------------ schedule
-SAMPLER_OF = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
-
-# (field, the library's default, the supported value) of the first; of either, what no Wan has.
-UNIPC_FIXED = (
-    ("prediction_type", "epsilon", "flow_prediction"),
-    ("use_flow_sigmas", False, True),
-    ("solver_order", 2, 2),
-    ("solver_type", "bh2", "bh2"),
-    ("predict_x0", True, True),
-    ("lower_order_final", True, True),
-    ("final_sigmas_type", "zero", "zero"),
-    ("thresholding", False, False),
+SAMPLER = Row(
+    Choice({"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}),
+    None,
+    "default_sampler",
 )
-FLOW_FIXED = (
-    ("use_dynamic_shifting", False, False),
-    ("use_karras_sigmas", False, False),
-    ("use_exponential_sigmas", False, False),
-    ("use_beta_sigmas", False, False),
-    ("shift_terminal", None, None),
-)
+FLOW_FIELDS: Fields = {
+    "_class_name": SAMPLER,
+    "use_dynamic_shifting": fixed(False),
+    "use_karras_sigmas": fixed(False),
+    "use_exponential_sigmas": fixed(False),
+    "use_beta_sigmas": fixed(False),
+    "shift_terminal": fixed(None),
+    "num_train_timesteps": Row(STEPS, 1000, "train_steps"),
+}
+EULER_FIELDS: Fields = FLOW_FIELDS | {"shift": Row(SHIFT, 1.0, "shift")}
+UNIPC_FIELDS: Fields = FLOW_FIELDS | {
+    "prediction_type": fixed("flow_prediction", default="epsilon"),
+    "use_flow_sigmas": fixed(True, default=False),
+    "solver_order": fixed(2),
+    "solver_type": fixed("bh2"),
+    "predict_x0": fixed(True),
+    "lower_order_final": fixed(True),
+    "final_sigmas_type": fixed("zero"),
+    "thresholding": fixed(False),
+    "flow_shift": Row(SHIFT, 1.0, "shift"),
+}
 
 
 def schedule_from(json: dict) -> FlowMatching:
     """scheduler/scheduler_config.json -> the noise process. ValueError for another one."""
-    name = json.get("_class_name")
-    if name not in SAMPLER_OF:
-        raise ValueError(f"_class_name = {name!r}: not Wan's; supported: {', '.join(SAMPLER_OF)}")
-    unipc = SAMPLER_OF[name] == "unipc"
-    for field, default, wanted in (UNIPC_FIXED if unipc else ()) + FLOW_FIXED:
-        if json.get(field, default) != wanted:
-            raise ValueError(f"{field} = {json.get(field, default)!r}; supported: {wanted!r}, as in Wan 2.2")
-    return FlowMatching(
-        train_steps=json.get("num_train_timesteps", 1000),
-        shift=json.get("flow_shift" if unipc else "shift", 1.0),
-        default_sampler=SAMPLER_OF[name],
-    )
+    euler = json.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+    return FlowMatching(**read_fields(json, EULER_FIELDS if euler else UNIPC_FIELDS))
 
 
 # ----------------------------------------------------------------------------------------- the folders
@@ -302,6 +320,18 @@ CONFIGS = {
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 VAE_PTH, UMT5_PTH = "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # of the original layout
 VAE_ORIGINAL = WanVAEConfig()  # which has no config for it
+
+
+INDEX_FIELDS: Fields = {
+    "expand_timesteps": fixed(
+        True,
+        "this Wan has one time for all tokens, so a reference cannot be clean while the video is noisy; "
+        "supported: Wan 2.2 TI2V-5B",
+        default=False,
+    )
+}
+# What a tokenizer without a limit says is a number of 31 digits.
+TOKENIZER_FIELDS: Fields = {"model_max_length": Row(Maybe(Whole(1, 10**31)), None, "tokens")}
 
 
 def is_wan(path: Path) -> bool:
@@ -317,7 +347,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def _diffusers_layout(path: Path) -> Layout:
-    read_config(path / "model_index.json", _check_index)
+    read_config(path / "model_index.json", lambda json: read_fields(json, INDEX_FIELDS))
     dit = read_config(path / CONFIGS["dit"], dit_config)
     dit = dataclasses.replace(dit, text_tokens=_text_tokens(path / "tokenizer/tokenizer_config.json"))
     vae = read_config(path / CONFIGS["vae"], vae_config)
@@ -325,11 +355,11 @@ def _diffusers_layout(path: Path) -> Layout:
     parts = {
         "dit": Part("transformer", DIT_FILE, DIT_NAMES, lambda: WanDiT(dit)),
         "vae": Part("vae", DIT_FILE, VAE_NAMES, lambda: WanVAE(vae)),
-        "text": _text_part(path / "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text, dit),
+        "text": _text_part(path, "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text, dit),
     }
     schedule = read_config(path / CONFIGS["schedule"], schedule_from)
     files = ("model_index.json", *CONFIGS.values(), *_vocabulary(path, "tokenizer"))
-    return _layout(path, parts, schedule, files, dit, vae)
+    return _layout(path, parts, schedule, files, dit, vae, text)
 
 
 def _original_layout(path: Path) -> Layout:
@@ -337,30 +367,27 @@ def _original_layout(path: Path) -> Layout:
     parts = {
         "dit": Part("", DIT_FILE, DIT_NAMES_ORIGINAL, lambda: WanDiT(dit)),
         "vae": Part("", VAE_PTH, VAE_NAMES_ORIGINAL, lambda: WanVAE(vae)),
-        "text": _text_part(path / "google/umt5-xxl", "", UMT5_PTH, UMT5_NAMES_ORIGINAL, UMT5_XXL, dit),
+        "text": _text_part(path, "google/umt5-xxl", "", UMT5_PTH, UMT5_NAMES_ORIGINAL, UMT5_XXL, dit),
     }
     files = ("config.json", *_vocabulary(path, "google/umt5-xxl"))
-    return _layout(path, parts, FlowMatching(), files, dit, vae)
-
-
-def _check_index(json: dict) -> None:
-    if not json.get("expand_timesteps", False):
-        raise ValueError(
-            "expand_timesteps is not true: this Wan has one time for all tokens, so a reference cannot be "
-            "clean while the video is noisy; supported: Wan 2.2 TI2V-5B"
-        )
+    return _layout(path, parts, FlowMatching(), files, dit, vae, UMT5_XXL)
 
 
 def _text_tokens(config: Path) -> int:
     """Tokens of a prompt: Wan's, or fewer if the tokenizer of a small model says so."""
-    stated = read_json(config).get("model_max_length") if config.is_file() else None
+    if not config.is_file():
+        return WanConfig.text_tokens
+    stated = read_config(config, lambda json: read_fields(json, TOKENIZER_FIELDS)["tokens"])
     return min(stated or WanConfig.text_tokens, WanConfig.text_tokens)
 
 
-def _text_part(tokenizer: Path, folder: str, file: str, names: Names, cfg: T5Config, dit: WanConfig) -> Part:
-    model = tokenizer / "spiece.model"
-    model = model if model.is_file() else tokenizer / "tokenizer.json"
+def _text_part(
+    path: Path, tokenizer: str, folder: str, file: str, names: Names, cfg: T5Config, dit: WanConfig
+) -> Part:
+    model = path / tokenizer / "spiece.model"
+    model = model if model.is_file() else model.with_name("tokenizer.json")
     reader = Tokenizer(read_pieces(model, UNK), dit.text_tokens, EXTRA_IDS)
+    require_rows(path / folder / "config.json", reader, cfg)
     build = lambda: UMT5TextEncoder(reader, T5Encoder(cfg))  # noqa: E731
     return Part(folder, file, names, build, root="encoder", note=CLEANING)
 
@@ -371,13 +398,9 @@ def _vocabulary(path: Path, folder: str) -> list[str]:
 
 def _layout(
     path: Path, parts: dict[str, Part], schedule: FlowMatching, files: tuple[str, ...], dit: WanConfig,
-    vae: WanVAEConfig,
+    vae: WanVAEConfig, text: T5Config,
 ) -> Layout:  # fmt: skip
-    if dit.channels != vae.latent_channels:
-        raise ValueError(
-            f"{path}: the transformer has {dit.channels} channels, the VAE {vae.latent_channels}: not of one "
-            "model; supported: Wan 2.2 TI2V-5B, with 48"
-        )
+    same_model(path, dit, vae, text)
     return Layout(
         path=path,
         parts=parts,

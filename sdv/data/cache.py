@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sdv.data.files import Hashes, digest, write_whole
+from sdv.data.files import Hashes, digest, save_safetensors, write_whole
 from sdv.data.pixels import from_uint8
 from sdv.data.rows import Pairs, Row, Rows
 from sdv.run import parallel
@@ -68,7 +67,7 @@ class Shards:
     def flush(self) -> None:
         if self.waiting:
             path = self.folder / f"{digest(*sorted(self.waiting))}.safetensors"
-            write_whole(path, lambda to: save_file(self.waiting, to))
+            write_whole(path, lambda to: save_safetensors(self.waiting, to))
             self.where |= dict.fromkeys(self.waiting, path)
             self.waiting, self.waiting_bytes = {}, 0
 

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even that of FAT
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,9 +55,26 @@ def parse_json(text: str | bytes) -> object:
         raise ValueError("nested too deeply") from error
 
 
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever the umask says can read: left alone, only its owner could."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
 def digest(*parts: object) -> str:
     """A short name made of JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or a name made of those of the files in a folder."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        return digest(*((file.name, content_hash(file)) for file in files))
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Hashes:
@@ -81,8 +100,7 @@ class Hashes:
         key = os.path.relpath(path, self.memory.parent)
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         if self.known.get(key, [])[:-1] != state:
-            with open(path, "rb") as file:
-                self.known[key] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+            self.known[key] = [*state, content_hash(path)]
             if time.time_ns() - max(state[1:3]) > RECENT:
                 self.fresh.discard(key)
             else:

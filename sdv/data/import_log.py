@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sdv.data.files import parse_json, unwritable, write_whole
-from sdv.seeds import generator
+from sdv.seeds import SUBSET, generator
 
-SUBSET = 6  # what is drawn: second number of a key of sdv.seeds, used by nothing else
 CHUNK = 32  # candidates of one source that a worker gets at once
 NAMED = 3  # candidates that the summary names under each reason
 

@@ -8,9 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sdv.data.rows import Rows, to_float
-from sdv.seeds import generator
-
-ORDER, VIEW = 2, 3  # what is drawn: second number of a key of sdv.seeds (0 and 1 are train.py's)
+from sdv.seeds import ORDER, VIEW, generator
 
 
 def batches(

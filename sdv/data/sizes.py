@@ -1,7 +1,10 @@
 """Sizes that a backbone can take, and the tokens that they become."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
 
 # What a model was trained at, and pixels, frames and latents that become one latent or token.
 SIZES = ("height", "width", "frames", "fps", "text", "spatial_ratio", "temporal_ratio", "patch")
@@ -60,3 +63,23 @@ def count_tokens(
     check_size(height, width, frames, spatial_ratio, temporal_ratio, patch)
     frame = (height // (spatial_ratio * patch)) * (width // (spatial_ratio * patch))
     return Tokens(text, frame, frame * (1 + (frames - 1) // temporal_ratio))
+
+
+class Model(Protocol):
+    """Of weights.Layout: the sizes that a backbone was trained at, and its ratios."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    spatial_ratio: int
+    temporal_ratio: int
+    patch: int
+
+
+def with_model_defaults(cfg: T, model: Model) -> T:
+    """Settings with the model's own values where None was given. ValueError for sizes that it cannot take."""
+    missing = [name for name, value in vars(cfg).items() if value is None and hasattr(model, name)]
+    cfg = dataclasses.replace(cfg, **{name: getattr(model, name) for name in missing})
+    check_size(cfg.height, cfg.width, cfg.frames, model.spatial_ratio, model.temporal_ratio, model.patch)
+    return cfg

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from sdv.models.layers import FeedForward, TimeEmbedding, patchify, run_blocks, unpatchify
+from sdv.models.layers import FeedForward, TimeEmbedding, patchify, run_blocks, unpatchify, visible_tokens
 from sdv.models.positions import centred_grid, rope_table, spread
 
 
@@ -107,7 +107,7 @@ class CogVideoXDiT(nn.Module):
         self.mod_out = nn.Linear(cfg.time_dim, 2 * cfg.dim)
         self.norm_out = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
-        self.checkpoint_every = 0  # recompute every n-th block in backward; 0: keep all activations
+        self.recompute_every = 0  # recompute every n-th block in backward; 0: keep all activations
         self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
 
     @property
@@ -130,16 +130,14 @@ class CogVideoXDiT(nn.Module):
         grid = (visual.shape[2], *(side // self.cfg.patch for side in video.shape[3:]))
         x = patchify(self.patch_in, visual)  # (B, T' h w, D)
         rope = self.rope(*grid, video.device)  # (T' h w, K / 2)
-        if ref is not None and keep is not None:
-            keep = keep.to(x.device)
-            kept = torch.cat([keep, torch.arange(self.token_count(ref), x.shape[1], device=x.device)])
-            x, rope = x[:, kept], (rope[0][kept], rope[1][kept])
+        if ref is not None:
+            x, rope = visible_tokens(x, rope, self.token_count(ref), keep)
         segments = (text.shape[1], x.shape[1])
         x = torch.cat([self.text_in(text), x], dim=1)  # (B, L, D): text | ref | video
         self.ref_tokens = slice(text.shape[1], x.shape[1] - self.token_count(video))
         time = nn.functional.silu(self.time_in(t))  # (B, time_dim)
 
-        x = run_blocks(self.blocks, self.checkpoint_every, x, time, rope, segments)
+        x = run_blocks(self.blocks, self.recompute_every, x, time, rope, segments)
         x = x[:, -self.token_count(video) :]  # (B, T h w, D): video only
         return self.output(x, time, (video.shape[2], *grid[1:]))  # (B, C, T, H, W)
 

@@ -13,6 +13,13 @@ def stays_float32(module: nn.Module, path: str) -> bool:
     return not set(getattr(module, "in_float32", ())).isdisjoint(path.split("."))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it has neither NaN nor infinity as float32, found in one pass."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor.numel() == 0 or all(end.isfinite().item() for end in tensor.aminmax())
+
+
 def sinusoid(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Diffusion time (...,) -> (..., dim): cosines, then sines, of frequencies 1 .. 1/10000."""
     half = dim // 2
@@ -58,6 +65,20 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor
     """Tokens (B, T * h * w, C * patch * patch) of a grid (T, h, w) -> (B, C, T, H, W)."""
     x = tokens.unflatten(-1, (-1, patch, patch)).unflatten(1, grid)  # (B, T, h, w, C, p, p)
     return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, C, T, h * p, w * p)
+
+
+def visible_tokens(
+    x: Tensor, rope: tuple[Tensor, Tensor], ref_tokens: int, keep: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Image-token dropout: of tokens x (B, L, D), reference first, and their rotary rows, what is seen.
+
+    keep (n,): which of the reference's tokens remain, all if None. They are gathered, not masked: what is
+    dropped costs nothing, and nobody else moves.
+    """
+    if keep is None:
+        return x, rope
+    kept = torch.cat([keep.to(x.device), torch.arange(ref_tokens, x.shape[1], device=x.device)])
+    return x[:, kept], (rope[0][kept], rope[1][kept])
 
 
 def run_blocks(blocks: nn.ModuleList, recompute_every: int, x: Tensor, *conditions) -> Tensor:

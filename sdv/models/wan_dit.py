@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from sdv.models.layers import FeedForward, run_blocks, sinusoid, unpatchify
+from sdv.models.layers import FeedForward, run_blocks, sinusoid, unpatchify, visible_tokens
 from sdv.models.positions import rope_table
 
 FAR = 32  # latent frames; the longest clip has 31
@@ -125,7 +125,7 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
-        self.checkpoint_every = 0  # recompute every n-th block in backward; 0: keep all activations
+        self.recompute_every = 0  # recompute every n-th block in backward; 0: keep all activations
         self.ref_position = "far"  # the lowest losses of the four: benchmarks/placement.md
         self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
 
@@ -149,10 +149,8 @@ class WanDiT(nn.Module):
         grid = (video.shape[2], *(side // self.cfg.patch for side in video.shape[3:]))
         x = self.patch_in(visual).flatten(2).transpose(1, 2)  # (B, T' h w, D): ref | video
         rope = self.rope(*grid, ref is not None, video.device)  # (T' h w, K / 2)
-        if ref is not None and keep is not None:
-            keep = keep.to(x.device)
-            kept = torch.cat([keep, torch.arange(self.token_count(ref), x.shape[1], device=x.device)])
-            x, rope = x[:, kept], (rope[0][kept], rope[1][kept])
+        if ref is not None:
+            x, rope = visible_tokens(x, rope, self.token_count(ref), keep)
         tokens = self.token_count(video)
         self.ref_tokens = slice(0, x.shape[1] - tokens)
         segments = (tokens,) if ref is None else (x.shape[1] - tokens, tokens)
@@ -160,7 +158,7 @@ class WanDiT(nn.Module):
         time, modulation = self.embed_time(times)  # (B, S, D), (B, S, 6, D)
         conditions = self.text_in(text), modulation, rope, segments
 
-        x = run_blocks(self.blocks, self.checkpoint_every, x.contiguous(), *conditions)
+        x = run_blocks(self.blocks, self.recompute_every, x.contiguous(), *conditions)
         return self.output(x[:, -tokens:], time[:, -1:], grid)  # (B, C, T, H, W): video only
 
     def embed_time(self, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,9 +48,9 @@ class Settings(Protocol):
     accumulate: int
     device: str
     dtype: str
-    checkpoint_every: int
+    recompute_every: int
     shard: bool
-    frozen: Storage
+    base_storage: Storage
 
 
 class Layout(Protocol):
@@ -166,9 +166,9 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
     dit.blocks = dit.blocks[:layers]
     for module in adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens).values():
         module.dropout = cfg.lora_dropout
-    dit.checkpoint_every = cfg.checkpoint_every
+    dit.recompute_every = cfg.recompute_every
     load_nothing(dit, getattr(torch, cfg.dtype), device)
-    hold(dit, cfg.frozen, device)
+    hold(dit, cfg.base_storage, device)
     return dit.train()
 
 
@@ -195,7 +195,7 @@ def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
 
 def count(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
     """Of many blocks: what two depths need, continued. Exact, since later blocks repeat the earlier ones."""
-    period = max(1, cfg.checkpoint_every)
+    period = max(1, cfg.recompute_every)
     few = layers % period + max(2, period)  # the first block is not like the others: its input may be frozen
     if few + period >= layers:
         return rehearse(cfg, layout, task, layers)

@@ -3,16 +3,13 @@
 import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdv.data.captions import clean_caption
-from sdv.data.files import parse_json
-from sdv.data.rows import find_file, read_lines
+from sdv.data.files import unwritable
 from sdv.objectives import Losses
 from sdv.run.parallel import gather, ranks
 
@@ -32,18 +29,6 @@ def loss_row(losses: Sequence[Losses], train_steps: int) -> dict:
     """Mean loss, all and by quarter, over the samples of all ranks."""
     each, t = (gather(torch.cat(list(column))) for column in zip(*(x[1:] for x in losses), strict=True))
     return summary(each, t, train_steps)
-
-
-def validate(held_out: Sequence[Callable[[], Losses]], train_steps: int) -> dict:
-    """A loss_row of fixed micro-batches. Ranks share them; spare ranks keep step, and count for nothing."""
-    rank, world = ranks()
-    found = []
-    with torch.no_grad():
-        for first in range(0, len(held_out), world):
-            mine = held_out[min(first + rank, len(held_out) - 1)]()
-            each, t = (gather(x[None])[: len(held_out) - first].flatten() for x in mine[1:])
-            found.append((each, t))
-    return summary(*(torch.cat(column) for column in zip(*found, strict=True)), train_steps)
 
 
 def mean(values: list[float | None]) -> str:
@@ -92,39 +77,14 @@ class RunLog:
         """Append a row with a "step" to NAME.jsonl."""
         if not self.writes:
             return
-        with open(self.folder / f"{name}.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise unwritable(path, error) from error
         if self.board is not None:
             place = "/".join([name, *([row["task"]] if "task" in row else [])])
             for field, value in row.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{place}/{field}", value, row["step"])
-
-
-class Shot(NamedTuple):
-    """A video to film while training."""
-
-    prompt: str
-    ref: Path | None  # picture of the subject
-    seed: int
-
-
-def read_shots(manifest: str | Path) -> list[Shot]:
-    """Lines {"prompt", "reference_file_name", "seed"} of a JSONL file; the last two may be missing."""
-    manifest, shots = Path(manifest), []
-    if not manifest.is_file():
-        raise FileNotFoundError(f"{manifest}: no such file; write one object with a prompt a line")
-    for number, line in enumerate(read_lines(manifest), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line.decode())
-            name, prompt = row.get("reference_file_name"), clean_caption(row["prompt"], "prompt")
-            ref = name and (find_file(manifest.parent, name) or manifest.parent / name)
-            shots.append(Shot(prompt, ref, int(row.get("seed", 0))))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
-                f'and "seed" ({error!r})'
-            ) from error
-    return shots

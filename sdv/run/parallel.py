@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -66,11 +67,15 @@ def anywhere(flag: bool, device: str) -> bool:
     return bool(gather(torch.tensor([flag], device=device)).any())
 
 
-def on_sigterm(device: str) -> Callable[[], bool]:
-    """From now on SIGTERM ends nothing: the function returned says whether any rank has got one."""
+@contextmanager
+def sigterm_noted(device: str) -> Iterator[Callable[[], bool]]:
+    """In it SIGTERM ends nothing: the function that it gives says whether any rank has got one."""
     got = []
-    signal.signal(signal.SIGTERM, lambda *_: got.append(True))
-    return lambda: anywhere(bool(got), device)
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append(True))
+    try:
+        yield lambda: anywhere(bool(got), device)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def shard(dit: nn.Module) -> None:

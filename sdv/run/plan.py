@@ -65,13 +65,15 @@ def predict(
 
 def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
     """(what to change, settings then, processes then), first of all nothing."""
-    changes = [{"checkpoint_every": n} for n in (1, 2, 0) if n != cfg.checkpoint_every]
+    changes = [{"recompute_every": n} for n in (1, 2, 0) if n != cfg.recompute_every]
     batch = {"identity_batch": cfg.identity_batch, "motion_batch": cfg.motion_batch}
     if halves := {field: n // 2 for field, n in batch.items() if n > 1}:
         changes.append(halves | {"accumulate": 2 * cfg.accumulate})
     changes += [{"cache": "FOLDER"}] * (not cfg.cache) + [{"rank": cfg.rank // 2}] * (cfg.rank > 1)
     changes += [{"shard": True}] * (not cfg.shard)
-    changes += [{"frozen": way} for way in ("fp8", "cpu") if cfg.frozen == "device" and not cfg.shard]
+    changes += [
+        {"base_storage": way} for way in ("fp8", "cpu") if cfg.base_storage == "device" and not cfg.shard
+    ]
     found = [("as asked", cfg, world)]
     for change in changes:
         name = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in change.items())

@@ -1,41 +1,144 @@
-"""A frozen dataclass as a command line: a field is a flag, the comment behind it is its help."""
+"""A frozen dataclass as a command line: a field is a flag, the comment behind it is its help.
+
+The range of a number is part of its type, and a dataclass that inherits from others groups its flags by them:
+
+    class Method:            # its docstring is the title of the group
+        p_video: Share = 0.2  # probability of a motion step
+"""
 
 import argparse
 import dataclasses
 import inspect
 import io
+import math
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, NamedTuple, NoReturn, TypeVar
+
+import torch
 
 T = TypeVar("T")
 CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 
-def parse(kind: type[T], description: str, argv: Sequence[str] | None = None) -> T:
+class Range(NamedTuple):
+    """Which numbers a setting may be; neither NaN nor infinity is one of them."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False  # the least is left out
+
+    def __contains__(self, value: float) -> bool:
+        above = self.least < value if self.open else self.least <= value
+        return above and value <= self.most and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.most < math.inf:
+            return f"a number {'above' if self.open else 'from'} {self.least:g} to {self.most:g}"
+        return f"a number above {self.least:g}" if self.open else f"{self.least:g} or more"
+
+
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(0, open=True)]
+NotNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1)]
+CountOrNone = Annotated[int, Range(0)]  # 0: none
+Seed = Annotated[int, Range(0)]
+Rate = Annotated[float, Range(0.01, 1000)]  # frames per second
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def parse(
+    kind: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> T:
     """Read sys.argv into a dataclass; a field without a default must be given.
 
     str, int and float fields take a value, tuple[...] fields one or more, bool fields --flag and --no-flag;
-    `X | None` fields are None unless given.
+    `X | None` fields are None unless given. renamed: {old name: new name}, still read, with a line that says
+    so. ValueError for a number out of its Range.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
-    comments = _comments(kind)
-    for name, annotation in typing.get_type_hints(kind).items():
-        field = kind.__dataclass_fields__[name]
-        required = field.default is dataclasses.MISSING
-        options = {"help": comments.get(name, ""), **_converter(annotation)}
-        options |= {"required": True} if required else {"default": field.default}
-        if not required and field.default not in (None, "", ()):
-            options["help"] += f" [{field.default}]"
-        options["help"] = options["help"].replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
-    values = vars(parser.parse_args(argv)).items()
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    for owner in reversed(kind.__mro__[:-1]):
+        comments, hints = _comments(owner), typing.get_type_hints(owner)
+        own = [name for name in owner.__dict__.get("__annotations__", {}) if name in hints]
+        group = parser.add_argument_group(inspect.cleandoc(owner.__doc__ or "")) if own else parser
+        for name in own:
+            field = kind.__dataclass_fields__[name]
+            required = field.default is dataclasses.MISSING
+            options = {"help": comments.get(name, ""), **_converter(hints[name])}
+            options |= {"required": True} if required else {"default": field.default}
+            if not required and field.default not in (None, "", ()):
+                options["help"] += f" [{field.default}]"
+            options["help"] = options["help"].replace("%", "%%")
+            group.add_argument(_flag(name), dest=name, **options)
+    flags = {_flag(old): _flag(new) for old, new in (renamed or {}).items()}
+    values = vars(parser.parse_args(_with_new_names(sys.argv[1:] if argv is None else argv, flags)))
+    cfg = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    _check_ranges(cfg)
+    return cfg
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the names of all flags before it."""
+        self.exit(2, f"error: {message}; --help lists all settings\n")
+
+
+def _with_new_names(words: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """The command line with its old flags replaced: --old, --old=value, --no-old."""
+    out = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        no = "--no-" if flag.startswith("--no-") else "--"
+        new = renamed.get("--" + flag.removeprefix(no)) if flag.startswith(no) else None
+        if new:
+            new = no + new.removeprefix("--")
+            print(f"{flag} is called {new} now; the old name goes with the next version", file=sys.stderr)
+        out.append((new or flag) + equals + value)
+    return out
+
+
+def _check_ranges(cfg: object) -> None:
+    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, name)
+        for allowed in _ranges(hint):
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in allowed:
+                    raise ValueError(f"{_flag(name)} {number}: give {allowed}")
+
+
+def _ranges(hint: object) -> list[Range]:
+    """Those in an annotation, at any depth: of X | None, tuple[X, ...] and X itself."""
+    own = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    inner = [hint.__origin__] if own else typing.get_args(hint)
+    return own + [found for one in inner for found in _ranges(one)]
+
+
+def check_device(name: str) -> None:
+    """ValueError for a device that torch does not know, or that this machine has not."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: torch knows no such device; use cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise ValueError(
+            f"--device {name}: is not here; this machine has cpu" + f", cuda x {count}" * (count > 1)
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -40,7 +40,7 @@ def test_the_step_is_that_of_the_matrices_that_come_back(stock_dit, dtype):
     video, t, text, ref = random_inputs()
 
     def step(model: nn.Module, every: int = 1) -> list[torch.Tensor]:
-        model.checkpoint_every = every
+        model.recompute_every = every
         pred = model(video.to(dtype), t, text.to(dtype), ref.to(dtype))
         grads = torch.autograd.grad(pred.float().square().mean(), list(lora_parameters(model).values()))
         return [pred, *grads]
@@ -59,12 +59,12 @@ def test_the_step_is_that_of_the_matrices_that_come_back(stock_dit, dtype):
 
 @pytest.mark.parametrize("storage", ["cpu", "fp8"])
 def test_training_learns_and_goes_on(monkeypatch, tiny, tmp_path, storage):
-    same = {"--backbone": tiny, **RUN, **CALM, "--frozen": storage}
+    same = {"--backbone": tiny, **RUN, **CALM, "--base-storage": storage}
     run(monkeypatch, train, same | {"--out": tmp_path / "a", "--steps": 4})
     run(monkeypatch, train, same | {"--out": tmp_path / "b", "--steps": 2})
     run(monkeypatch, train, same | {"--out": tmp_path / "b", "--steps": 4, "--resume": ""})
     assert_same(tmp_path / "a", tmp_path / "b", 4)
-    run(monkeypatch, train, same | {"--out": tmp_path / "c", "--steps": 4, "--frozen": "device"})
+    run(monkeypatch, train, same | {"--out": tmp_path / "c", "--steps": 4, "--base-storage": "device"})
     if storage == "cpu":  # a matrix mapped from the file lies elsewhere in a cache line: products round apart
         assert_close(tmp_path / "a", tmp_path / "c", 4)
     else:  # rounding the base is a small change of what its LoRA sees
@@ -73,6 +73,6 @@ def test_training_learns_and_goes_on(monkeypatch, tiny, tmp_path, storage):
 
 
 def test_it_is_one_place_or_the_other(monkeypatch, tiny, tmp_path):
-    options = {"--backbone": tiny, **RUN, "--out": tmp_path, "--frozen": "fp8", "--shard": ""}
+    options = {"--backbone": tiny, **RUN, "--out": tmp_path, "--base-storage": "fp8", "--shard": ""}
     with pytest.raises(ValueError, match="choose one"):
         run(monkeypatch, train, options)

@@ -1,0 +1,87 @@
+"""Which films are to be made, how each is called, and the list of those that are there."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sdv.data.captions import clean_caption
+from sdv.data.files import content_hash, digest, parse_json
+from sdv.data.rows import find_file, read_lines
+
+
+class Shot(NamedTuple):
+    prompt: str
+    ref: Path | None  # picture of the subject
+    seed: int
+
+
+def read_shots(manifest: str | Path) -> list[Shot]:
+    """Lines {"prompt", "reference_file_name", "seed"} of a JSONL file; all but the prompt may be missing.
+
+    A reference is relative to the file. Other fields are ignored.
+    ValueError that names the line of the first that cannot be used, or for a file without any.
+    """
+    manifest = Path(manifest)
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest}: no such file; write one object with a prompt a line")
+    lines = enumerate(read_lines(manifest), 1)
+    shots = [_shot(manifest, number, line) for number, line in lines if line.strip()]
+    if not shots:
+        raise ValueError(f"{manifest}: holds no lines; write one object with a prompt a line")
+    return shots
+
+
+def _shot(manifest: Path, number: int, line: bytes) -> Shot:
+    try:
+        row = parse_json(line.decode())
+        prompt, ref, seed = row["prompt"], row.get("reference_file_name"), row.get("seed", 0)
+        if (
+            not isinstance(prompt, str)
+            or not isinstance(ref, str | None)
+            or type(seed) is not int
+            or seed < 0
+        ):
+            raise TypeError("two texts and a number that is not negative")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
+            f'and "seed" ({error!r:.80})'
+        ) from error
+    prompt = clean_caption(prompt, f"{manifest}:{number}: prompt")
+    return Shot(prompt, (find_file(manifest.parent, ref) or manifest.parent / ref) if ref else None, seed)
+
+
+NOT_SEEN = ("prompt", "ref", "seed", "manifest", "out", "adapter", "backbone")  # or named by their content
+
+
+def film_names(shots: list[Shot], settings: dict) -> list[str]:
+    """A name for each: number, seed, words, and a digest of all that makes the film what it is.
+
+    settings: sample.py's, by name. Two films have one name only if they are the same film.
+    """
+    made_by = {name: value for name, value in settings.items() if name not in NOT_SEEN}
+    made_by["backbone"] = Path(settings["backbone"]).resolve().name
+    made_by["adapter"] = settings["adapter"] and content_hash(settings["adapter"])
+    refs = {shot.ref: content_hash(shot.ref) for shot in shots if shot.ref}
+    prompts = list(dict.fromkeys(shot.prompt for shot in shots))
+    names = []
+    for shot in shots:
+        words = re.sub(r"[\W_]+", "-", shot.prompt.lower()).strip("-")[:40]
+        words = words.encode(errors="ignore")[:120].decode(errors="ignore")  # a name holds 255 bytes
+        mark = digest(made_by, shot.prompt, refs.get(shot.ref), shot.seed)[:8]
+        names.append(f"{prompts.index(shot.prompt):02d}-seed{shot.seed}-{words}-{mark}.mp4")
+    return names
+
+
+def list_film(out: Path, name: str, shot: Shot) -> None:
+    """Add a film to out/films.jsonl, once: the list by which others know what it was to show."""
+    table = out / "films.jsonl"
+    known = table.read_text(encoding="utf-8") if table.exists() else ""
+    ref = os.path.relpath(shot.ref, out) if shot.ref else None
+    row = {"file_name": name, "prompt": shot.prompt, "reference_file_name": ref, "seed": shot.seed}
+    line = json.dumps(row) + "\n"
+    if line not in known:
+        with open(table, "a", encoding="utf-8") as file:
+            file.write(line)

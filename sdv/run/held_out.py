@@ -1,0 +1,100 @@
+"""Rows that are never trained on: both tasks' losses on them, for validation and for the gradient probe."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from sdv.data.rows import Rows
+from sdv.objectives import TASKS, Draws, Losses, Pair, Schedule, denoising_loss, draws_of
+from sdv.run.log import summary
+from sdv.run.parallel import gather, ranks
+from sdv.seeds import PROBE, PROBE_PAIR
+
+
+class Settings(Protocol):
+    """Of train.py's Config."""
+
+    identity_batch: int
+    motion_batch: int
+    val_batches: int
+    view_drop: float
+    dropout: str
+    p_drop: float
+
+
+def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
+    """2 x batches collated micro-batches: the first `batches` and the others have no file in common.
+
+    So both directions of a pair lie in one half. A short half repeats; ValueError if one would be empty.
+    """
+    half_of, halves = {}, ([], [])
+    for number, row in enumerate(rows.rows):
+        known = {half_of[file] for file in row.files if file in half_of}
+        if len(known) < 2:  # else it would tie the halves together
+            half = known.pop() if known else int(len(halves[0]) > len(halves[1]))
+            half_of |= dict.fromkeys(row.files, half)
+            halves[half].append(number)
+    if not halves[1]:
+        raise ValueError(f"{rows.rows[0].files[0].parent}: too few rows for two halves without a common file")
+    for half in halves:
+        for first in range(0, batches * size, size):
+            yield default_collate([rows[half[(first + i) % len(half)]] for i in range(size)])
+
+
+def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
+    """ValueError if a file of the probe is also trained on."""
+    seen = {file.resolve() for rows in trained for row in rows.rows for file in row.files}
+    for row in (row for rows in held_out for row in rows.rows):
+        if any(file.resolve() in seen for file in row.files):
+            raise ValueError(f"{row.origin}: a probe must not see what is trained on; hold its files out")
+
+
+def fixed_draws(stream: int, task: int, micro: int, size: int) -> Draws:
+    """Not of the run's seed, so that runs can be compared."""
+    key = 0, stream, task, micro
+    return draws_of(key, [(*key, k) for k in range(size)])
+
+
+def held_out_losses(
+    held_out: Mapping[str, Rows],
+    pair_of: Mapping[str, Callable[..., Pair]],
+    enc: object,
+    dit: nn.Module,
+    schedule: Schedule,
+    cfg: Settings,
+) -> dict[str, list[Callable[[], Losses]]]:
+    """Each task's losses on fixed micro-batches: what they look at, their times and noise never change.
+
+    pair_of, enc: train.py's PAIR_OF and encoders.
+    """
+    losses = {}
+    for task, rows in held_out.items():
+        kind, size = TASKS.index(task), getattr(cfg, f"{task}_batch")
+        losses[task] = []
+        for i, batch in enumerate(halves(rows, cfg.val_batches, size)):
+            # References are hidden in p_drop of the micro-batches by count: a coin for each of a few would
+            # give the two halves of a task different objectives. No view drop.
+            n, p = i % cfg.val_batches, cfg.p_drop
+            p = int((n + 1) * p) - int(n * p) if cfg.dropout == "whole" else p
+            recipe = dataclasses.replace(cfg, view_drop=0.0, p_drop=p)
+            pair = pair_of[task](batch, enc, recipe, fixed_draws(PROBE_PAIR, kind, i, size))
+            again = partial(fixed_draws, PROBE, kind, i, size)
+            losses[task].append(lambda pair=pair, again=again: denoising_loss(dit, schedule, pair, again()))
+    return losses
+
+
+def validate(held_out: Sequence[Callable[[], Losses]], train_steps: int) -> dict:
+    """A loss_row of fixed micro-batches. Ranks share them; spare ranks keep step, and count for nothing."""
+    rank, world = ranks()
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(held_out), world):
+            mine = held_out[min(first + rank, len(held_out) - 1)]()
+            each, t = (gather(x[None])[: len(held_out) - first].flatten() for x in mine[1:])
+            found.append((each, t))
+    return summary(*(torch.cat(column) for column in zip(*found, strict=True)), train_steps)

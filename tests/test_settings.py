@@ -1,0 +1,118 @@
+"""Settings: ranges, conflicts, old names, help. A refusal is one line, before any file is read."""
+
+import subprocess
+import sys
+
+import pytest
+
+import sample
+import train
+from helpers import MEDIA, ROOT, RUN, SIZE, argv, run
+from sdv.run.settings import parse
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--save-every 0", "--fps 0", "--fps -8", "--fps nan", "--fps inf", "--rank 0", "--accumulate 0",
+        "--identity-batch 0", "--p-video 1.5", "--p-video nan", "--p-video -0.1", "--p-drop 2", "--t-shift 0",
+        "--warmup -5", "--betas 0.9", "--betas 0.9 1.1", "--betas 0.9 0.95 0.99", "--device gpu",
+        "--device cuda:99", "--device mps", "--seed -1", "--lr 0", "--lr inf", "--eps 0", "--height 0",
+        "--frames -1", "--val-batches 0", "--probe-every -1", "--keep -1", "--lora-dropout 1.5", "--alpha 0",
+        "--lora-alpha 3", "--sample-every 5", "--dtype float16", "--steps 1.5", "--steps many",
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_by_its_flag(words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train.weights, "load_backbone", None)
+    options = {"--backbone": "nowhere", "--out": tmp_path / "run", "--steps": 1, **RUN}
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv(options), *words.split()])
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        train.main()
+    said = str(caught.value) + capsys.readouterr().err
+    assert words.split()[0] in said and "nowhere" not in said
+    assert "\n" not in said.strip() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", ["--p-video 0", "--p-video 1", "--warmup 0", "--workers 0", "--p-drop 1"])
+def test_the_edges_of_a_range_are_legal(words):
+    cfg = parse(train.Config, "", words.split())
+    assert getattr(cfg, words.split()[0][2:].replace("-", "_")) == float(words.split()[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", "0"], ["--guidance", "-1"], ["--ref-guidance", "nan"], ["--seed", "0", "-1"],
+        ["--merge"], ["--lora-alpha", "2"], ["--ref-guidance", "2"], ["--manifest", "m.jsonl"],
+    ],
+)  # fmt: skip
+def test_sample_refuses_in_the_same_way(words, monkeypatch):
+    monkeypatch.setattr(sample.weights, "open_backbone", None)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--backbone", "nowhere", "--prompt", "a dog", *words])
+    with pytest.raises(ValueError, match=words[0]):
+        sample.main()
+
+
+def test_old_names_are_read_for_this_version_with_a_line(capsys):
+    words = ["--frozen", "fp8", "--checkpoint-every=2", "--no-resume"]
+    cfg = parse(train.Config, "", words, train.RENAMED)
+    assert (cfg.base_storage, cfg.recompute_every, cfg.resume) == ("fp8", 2, False)
+    assert "--frozen is called --base-storage now" in capsys.readouterr().err
+
+
+def test_help_is_grouped_by_concern(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    places = [done.stdout.index(f"\n{kind.__doc__}:") for kind in train.Config.__mro__[-2::-1]]
+    assert places == sorted(places) and len(places) == 6
+    method = done.stdout[places[0] : places[1]]
+    assert "--p-video" in method and "--rank" not in method
+
+
+def test_films_have_names_of_their_own_and_are_kept(monkeypatch, tiny, tmp_path, capsys):
+    """Prompts without a latin letter, another reference, other settings: five films, none of them lost."""
+    options = {"--backbone": tiny, **SIZE, "--steps": 1, "--guidance": 1, "--out": tmp_path}
+    changes = [
+        {"--prompt": "一只白色的狗在沙滩上奔跑"}, {"--prompt": "一只黑色的猫在草地上睡觉"},
+        {"--prompt": "a dog", "--ref": MEDIA / "pairs" / "lawn.jpg"},
+        {"--prompt": "a dog", "--ref": MEDIA / "pairs" / "roots.jpg"}, {"--prompt": "a dog", "--steps": 2},
+    ]  # fmt: skip
+    for change in changes:
+        run(monkeypatch, sample, options | change)
+    films = {film: film.read_bytes() for film in tmp_path.glob("*.mp4")}
+    assert len(films) == 5 and any("狗" in film.name for film in films)
+    capsys.readouterr()
+    monkeypatch.setattr(sample.weights, "load_backbone", None)
+    for change in changes:  # again: nothing is loaded, nothing made
+        run(monkeypatch, sample, options | change)
+    assert capsys.readouterr().out.count("is there already and is kept") == 5
+    assert {film: film.read_bytes() for film in tmp_path.glob("*.mp4")} == films
+    assert len((tmp_path / "films.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_manifest_is_filmed_in_one_load_and_goes_on_where_it_was_stopped(monkeypatch, tiny, tmp_path):
+    rows = [
+        '{"prompt": "a dog", "reference_file_name": "a.jpg", "seed": 3}',
+        '{"prompt": "a dog", "reference_file_name": "b.jpg", "kind": "is ignored"}', '{"prompt": "a cat"}',
+    ]  # fmt: skip
+    for name, source in (("a.jpg", "lawn.jpg"), ("b.jpg", "roots.jpg")):
+        (tmp_path / name).write_bytes((MEDIA / "pairs" / source).read_bytes())
+    (tmp_path / "m.jsonl").write_text("\ufeff" + "\r\n\n".join(rows), encoding="utf-8")
+    options = {"--backbone": tiny, **SIZE, "--steps": 1, "--out": tmp_path}
+    options |= {"--manifest": tmp_path / "m.jsonl"}
+    load, loaded = sample.weights.load_backbone, []
+
+    def counted(*args, **how):
+        loaded.append(how["parts"])
+        return load(*args, **how)
+
+    monkeypatch.setattr(sample.weights, "load_backbone", counted)
+    run(monkeypatch, sample, options)
+    films = sorted(tmp_path.glob("*.mp4"))
+    assert len(films) == 3 and loaded == [("text",), ("dit", "vae")]
+    films[1].unlink()
+    before = films[0].stat().st_mtime_ns
+    run(monkeypatch, sample, options)
+    assert sorted(tmp_path.glob("*.mp4")) == films and films[0].stat().st_mtime_ns == before
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a dog"}\n{"prompt": 3}')
+    with pytest.raises(ValueError, match=r"m\.jsonl:2: write an object"):
+        run(monkeypatch, sample, options)
