@@ -13,8 +13,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
-from helpers import MEDIA, blocks, chw, difference, status
+from helpers import MEDIA, blocks, chw, difference, full_disk, status
 from sdv.data import media, pixels
 from sdv.data.__main__ import main
 from sdv.data.rows import CLIP, Clips, scan_rows
@@ -439,3 +440,42 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     assert done.stdout.startswith(b"ok   metadata.jsonl:1")
     assert done.stderr == b""
     assert done.returncode == 141
+
+
+# Full disks
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("room, file", [(50, "import.jsonl"), (100_000, "000000.mp4")])
+def test_an_import_onto_a_full_disk_goes_on_when_there_is_room(tmp_path, capsys, room, file):
+    words = ("--copy", "--workers", 0, "--frames", 9, "--min-frames", 9, "--min-aspect", 0.5)
+    assert status(main, "import", "clips", MEDIA / "clips", tmp_path / "whole", *words) == 0
+    with full_disk(room):
+        assert status(main, "import", "clips", MEDIA / "clips", tmp_path / "out", *words) == 1
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith(
+        f"error: {tmp_path / 'out' / file}: could not be written (File too large); free some"
+    )
+    assert not list(tmp_path.rglob(".*.tmp"))
+    assert status(main, "import", "clips", MEDIA / "clips", tmp_path / "out", *words) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.mp4"])
+def test_pictures_and_films_are_written_whole_or_not_at_all(tmp_path, name):
+    noise = torch.randint(256, (3, 5, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def write() -> None:
+        if name == "a.png":
+            media.write_image(tmp_path / name, noise[:, 0])
+        else:
+            media.write_video(tmp_path / name, noise, 8)
+
+    write()
+    before = tree(tmp_path)
+    with full_disk(1000), pytest.raises(OSError, match=rf"{name}: could not be written .*free some space"):
+        write()
+    assert tree(tmp_path) == before

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from sdv.data.files import Hashes, digest, save_safetensors, write_whole
 from sdv.data.pixels import from_uint8
 from sdv.data.rows import Pairs, Row, Rows
-from sdv.run import parallel
 from sdv.seeds import generator
 
 VERSION = 2  # of the way from a file to an entry: to be raised when that changes
@@ -121,11 +120,12 @@ class Cache:
 
     def fill(
         self, sources: Sequence[Rows], prompts: Iterable[str], load: Callable[[], Networks],
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, wait: Callable[[], object] = lambda: None,
     ) -> str:  # fmt: skip
         """Encode this rank's share of what is missing; says what was done. `load` is called only if needed.
 
-        What has been encoded stays when a bad file ends it.
+        What has been encoded stays when a bad file ends it. `wait` returns when all ranks have come to it.
+        OSError if something is missing and the folder cannot be written; else it need not be.
         """
         self.hashes.learn({file for rows in sources for row in rows.rows for file in row.files})
         entries, jobs = set(), []
@@ -148,7 +148,7 @@ class Cache:
                 f"{self.shards.folder}: cannot be written, but {new} of {len(entries)} latents and "
                 f"{len(new_texts)} of {len(texts)} prompts are missing; give another --cache"
             )
-        parallel.wait()  # all ranks cut the same list: nobody writes before everybody has looked
+        wait()  # all ranks cut the same list: nobody writes before everybody has looked
         if jobs or new_texts:
             networks = load()
             try:
@@ -157,7 +157,7 @@ class Cache:
                 self._encode(jobs[rank::world], networks.video, rank)
             finally:
                 self.shards.flush()
-            parallel.wait()
+            wait()
             self.shards.refresh()
         return said
 
