@@ -47,7 +47,9 @@ def ours(folder: Path) -> dict[str, float]:
     networks = Networks(lambda x: backbone.vae.encode(x.bfloat16()), backbone.text)
     prompts = {source.prompt(row) for source in sources for row in source.rows}
     with torch.no_grad():
-        return turns.measured(lambda: cache.fill(sources, prompts, lambda: networks, rank, world, parallel.wait))
+        return turns.measured(
+            lambda: cache.fill(sources, prompts, lambda: networks, rank, world, parallel.wait)
+        )
 
 
 def theirs(folder: Path) -> dict[str, float]:
