@@ -1,4 +1,4 @@
-"""Mutated files for all that is read from a disk: a good one with a small damage, a config with a wrong value.
+"""Mutated files for all that is read from a disk: a good one with small damages, configs with a wrong value.
 
     python tests/fuzz.py                                          # a minute for each target
     python tests/fuzz.py --target clips --seconds 600 --seed 7 --keep out/fuzz

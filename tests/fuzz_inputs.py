@@ -1,4 +1,4 @@
-"""Inputs of the fuzzer: good files of every kind that is read, small damages, and what comes of reading one."""
+"""Inputs of the fuzzer: good files of every kind that is read, small damages, and the verdict of reading one."""
 
 import json
 import random
@@ -33,7 +33,7 @@ WRONG = (-1, 0, 1, 3, 2.5, 10**6, 10**20, 1e308, float("nan"), "x", "8", None, [
 
 
 class Try(NamedTuple):
-    """One input: what it is, the file that an error has to name, what reads it, and the checkpoint it is in."""
+    """One input: what it is, the file that an error has to name, what reads it, the checkpoint it is of."""
 
     label: str
     path: Path
