@@ -1,4 +1,4 @@
-"""Inputs of the fuzzer: good files of every kind that is read, small damages, and the verdict of reading one."""
+"""Inputs of the fuzzer: good files of every kind that is read, small damages, and what became of one."""
 
 import json
 import random
