@@ -152,6 +152,10 @@ def assert_close(a, b, step):
 # Disks
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
     """No file may grow beyond so many bytes: a write fails as on a full disk."""

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import MEDIA, blocks, chw, difference, full_disk, status
+from helpers import MEDIA, difference, full_disk, status, tree
 from sdv.data import media, pixels
 from sdv.data.__main__ import main
 from sdv.data.rows import CLIP, Clips, scan_rows
@@ -213,84 +212,6 @@ def test_frames_too_large_are_refused_before_they_are_decoded(tmp_path, capsys):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6  # kB, of all tests so far
 
 
-# EXIF
-
-
-def tiff(orientation: int, order: str = "little", kind: int = 3) -> bytes:
-    def number(value: int, size: int) -> bytes:
-        return value.to_bytes(size, order)
-
-    value = number(orientation, 4) if kind == 4 else number(orientation, 2) + b"\0\0"
-    entry = number(0x0112, 2) + number(kind, 2) + number(1, 4) + value
-    magic = {"little": b"II*\0", "big": b"MM\0*"}[order]
-    return magic + number(8, 4) + number(1, 2) + entry + number(0, 4)
-
-
-def xmp(orientation: int) -> bytes:
-    return (
-        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
-        % orientation
-    )
-
-
-def png_chunk(name: bytes, body: bytes) -> bytes:
-    return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
-
-
-def riff_chunk(name: bytes, body: bytes) -> bytes:
-    return name + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) % 2)
-
-
-def segment(body: bytes) -> bytes:
-    return b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body
-
-
-def raw_profile(data: bytes) -> bytes:
-    lines = [data.hex()[i : i + 72] for i in range(0, 2 * len(data), 72)]
-    return f"\nexif\n{len(data):8}\n".encode() + "\n".join(lines).encode() + b"\n"
-
-
-XMP_JPEG, XMP_PNG = b"http://ns.adobe.com/xap/1.0/\0", b"XML:com.adobe.xmp\0\0\0\0\0"
-CARRIERS = {
-    "jpeg, long": ("JPEG", lambda n: segment(b"Exif\0\0" + tiff(n, "big", 4))),
-    "jpeg, xmp": ("JPEG", lambda n: segment(XMP_JPEG + xmp(n))),
-    "png, prefix": ("PNG", lambda n: png_chunk(b"eXIf", b"Exif\0\0" + tiff(n))),
-    "png, text": ("PNG", lambda n: png_chunk(b"tEXt", b"Raw profile type exif\0" + raw_profile(tiff(n)))),
-    "png, packed": (
-        "PNG",
-        lambda n: png_chunk(
-            b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw_profile(tiff(n, "big")))
-        ),
-    ),
-    "png, xmp": ("PNG", lambda n: png_chunk(b"iTXt", XMP_PNG + xmp(n))),
-    "webp, prefix": ("WEBP", lambda n: riff_chunk(b"EXIF", b"Exif\0\0" + tiff(n))),
-    "webp, xmp": ("WEBP", lambda n: riff_chunk(b"XMP ", xmp(n))),
-}
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_every_way_to_carry_an_orientation_equals_pillows(tmp_path, carrier, orientation):
-    Image, ImageOps = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageOps")
-    kind, make = CARRIERS[carrier]
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    path, block = tmp_path / "a", make(orientation)
-    Image.fromarray(blocks()).save(path, kind, **options)
-    data = path.read_bytes()
-    if kind == "JPEG":
-        data = data[:2] + block + data[2:]
-    elif kind == "PNG":
-        data = data[:33] + block + data[33:]
-    else:  # the extended form, whose header says that EXIF and XMP follow
-        sides = b"".join((side - 1).to_bytes(3, "little") for side in (48, 32))
-        chunks = riff_chunk(b"VP8X", bytes([0b1100, 0, 0, 0]) + sides) + data[12:] + block
-        data = b"RIFF" + (len(chunks) + 4).to_bytes(4, "little") + b"WEBP" + chunks
-    path.write_bytes(data)
-    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    assert expected.size == ((32, 48) if orientation > 4 else (48, 32))
-    assert difference(media.read_image(path), chw(expected)) <= (1.0 if kind == "JPEG" else 0.0)
-
-
 # Rows
 
 
@@ -443,10 +364,6 @@ def test_a_closed_pipe_is_no_error(tmp_path):
 
 
 # Full disks
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("room, file", [(50, "import.jsonl"), (100_000, "000000.mp4")])
