@@ -330,7 +330,7 @@ def _decoding(path: str | Path, kind: str) -> Iterator[None]:
     except av.FFmpegError as error:
         reason = f"{path}: cannot be decoded as a {kind} ({error.strerror}); {REPLACE}"
         raise ValueError(reason) from error
-    except (MemoryError, UnicodeError) as error:
+    except (MemoryError, UnicodeError, IndexError) as error:  # IndexError: PyAV's own, of a lost stream
         reason = f"{path}: cannot be read as a {kind} ({error or 'too large for the memory'}); {REPLACE}"
         raise ValueError(reason) from error
 
