@@ -12,7 +12,7 @@ $(VENV)/run: pyproject.toml constraints.txt          # enough to train, sample a
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run                             # plus the test runner and the oracles
-	$(PIP) -e '.[plots,dev,importers,parity,tensorboard]'
+	$(PIP) -e '.[plots,dev,importers,parity,evaluate,tensorboard]'
 	@touch $@
 
 # The method in the micro-world: trains an adapter, films subjects never seen, measures, writes out/demo/index.html.

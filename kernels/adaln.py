@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .dispatch import dense, require, tl, triton, want, wide
+from .dispatch import dense, require, tl, triton, wide
 
 Segments = tuple[int, ...] | None
 WIDEST = 16384  # a row lives in the registers of one program
@@ -356,13 +356,10 @@ def _check(
 ):  # fmt: skip
     got = tuple(x.shape)
     require(len(got) == 3 and got[1] > 0, lambda: f"{name}: want x (B, L, D), L of 1 or more, got {got}")
-    (B, L, D), rest = got, (y, *modulation.values(), *affine.values())
+    B, L, D = got
     require(D <= WIDEST, lambda: f"{name}: D = {D} is wider than {WIDEST}")
-    together = all(t is None or t.device == x.device for t in rest)
-    require(together, lambda: f"{name}: its tensors are on several devices")
-    if y is not None:
-        alike = y.shape == got and y.dtype == x.dtype
-        require(alike, lambda: f"{name}: x {x.dtype} {got} and y {y.dtype} {tuple(y.shape)} differ")
+    dispatch.want(name, got, x.device, {"y": y})
+    require(y is None or y.dtype == x.dtype, lambda: f"{name}: x {x.dtype} and y {y.dtype} differ")
     if segments is None:
         S = next(iter(modulation.values())).shape[1]
         require(
@@ -371,8 +368,5 @@ def _check(
     else:
         S, ok = len(segments), sum(segments) == L and min(segments) >= 0
         require(ok, lambda: f"{name}: segments {tuple(segments)} do not sum to the {L} tokens of x")
-    for key, m in modulation.items():
-        want(name, key, m, (B, S, D))
-    for key, p in affine.items():
-        if p is not None:
-            want(name, key, p, (D,))
+    dispatch.want(name, (B, S, D), x.device, modulation)
+    dispatch.want(name, (D,), x.device, affine)

@@ -50,8 +50,13 @@ def require(ok: bool, message: Callable[[], str]):
         raise ValueError(message())
 
 
-def want(name: str, key: str, x: Tensor, shape: tuple):
-    require(x.shape == shape, lambda: f"{name}: {key} {tuple(x.shape)}: want {tuple(shape)}")
+def want(name: str, shape: tuple, device: torch.device, tensors: dict[str, Tensor | None]):
+    """All that are not None have this shape, on this device."""
+    for key, x in tensors.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name}: {key} {tuple(x.shape)}: want {tuple(shape)}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}: {key} is on {x.device}, x on {device}")
 
 
 def use_triton(x: Tensor) -> bool:
