@@ -354,7 +354,7 @@ def open_encoders(
     store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
     prompts |= {film.negative, *(shot.prompt for shot in shots)}
-    say(store.fill(folders, prompts, networks, *parallel.ranks()))
+    say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait))
     vae = opened.pop("vae", None)
     if shots and vae is None:
         vae = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae",), say).vae

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def ours(folder: Path) -> dict[str, float]:
     networks = Networks(lambda x: backbone.vae.encode(x.bfloat16()), backbone.text)
     prompts = {source.prompt(row) for source in sources for row in source.rows}
     with torch.no_grad():
-        return alternating.measured(lambda: cache.fill(sources, prompts, lambda: networks, rank, world))
+        fill = partial(cache.fill, sources, prompts, lambda: networks, rank, world, parallel.wait)
+        return alternating.measured(fill)
 
 
 def theirs(folder: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import status
 from sdv.data import media
 from sdv.data.__main__ import main
 from sdv.data.loader import batches, locate
@@ -280,8 +281,7 @@ def test_clips_too_short_are_refused_with_both_durations():
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    return code, *capsys.readouterr()
+    return status(main, *words), *capsys.readouterr()
 
 
 def test_check_passes_the_vendored_media(capsys):
