@@ -259,3 +259,12 @@ def test_views_that_change_are_refused(monkeypatch, tiny, tmp_path, change):
     with pytest.raises(ValueError, match="--cache keeps one view"):
         run(monkeypatch, train, options)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_text_state_knows_how_its_prompt_was_cleaned(media):
+    network = media / "text.safetensors"
+    network.write_bytes(b"one")
+    names = {
+        Cache(media / "c", [network], [network], "float32", 0, way).text_name("a") for way in ("", "ftfy")
+    }
+    assert len(names) == 2

@@ -1,23 +1,22 @@
 """Look at a folder of pairs or clips, or make one of a public data set.
 
 python -m sdv.data check DIR    decodes every file once and says what is wrong with which row; with --backbone
-                                FOLDER, which captions its text encoder cuts
+                                FOLDER, which captions its text encoder cuts; with --sheet PAGE.html, shows
+                                crops, frames and captions on a page
 python -m sdv.data import ...   makes such a folder of a public data set, see sdv.data.importers
 """
 
 import argparse
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-
-import torch
 
 import weights
 from sdv.data import importers, media
 from sdv.data.captions import say_cut
 from sdv.data.rows import CLIP, ENDINGS, PAIR, Row, left_out, read_lines, scan_rows
+from sdv.data.sheet import write_sheet
 from sdv.data.sizes import MODELS, count_tokens, require_least
 from sdv.run.settings import run
 
@@ -35,8 +34,11 @@ def check(args: argparse.Namespace) -> int:
     grid = args.text, args.spatial_ratio, args.temporal_ratio, args.patch
     lengths = {"identity": 1, "motion": args.frames}
     plan = {task: count_tokens(args.height, args.width, n, *grid) for task, n in lengths.items()}
-    tokens_of = _tokenizer(args.backbone) if args.backbone else None
-    fields = _kind(Path(args.folder))
+    fields, tokens_of = _kind(Path(args.folder)), None
+    if args.backbone:
+        length, limit = weights.token_counter(weights.open_backbone(args.backbone))
+        mark = CLS if fields == PAIR else ""
+        tokens_of = (lambda prompt: length(mark + prompt)), limit
     rows, problems = scan_rows(args.folder, fields)
     for problem in problems:
         print(f"BAD  {problem}")
@@ -48,9 +50,12 @@ def check(args: argparse.Namespace) -> int:
     if not (Path(args.folder) / "metadata.jsonl").is_file() and (others := left_out(Path(args.folder))):
         print(f"left out, no {' '.join(sorted(ENDINGS))}: {', '.join(others)}")
     if tokens_of:
-        mark = CLS if fields == PAIR else ""
-        said = say_cut(((row.origin, mark + row.prompt) for row in rows), *tokens_of)
+        said = say_cut(((row.origin, row.prompt) for row in rows), *tokens_of)
         print(said or f"no caption is cut: all have {tokens_of[1]} tokens or less")
+    if args.sheet:
+        size = args.height, args.width
+        write_sheet(Path(args.sheet), rows, problems, size, args.frames, args.fps, tokens_of)
+        print(f"contact sheet: {args.sheet}")
     total = len(rows) + len(problems)
     print(f"{total} {'pairs' if fields == PAIR else 'clips'}: {total - bad} ok, {bad} bad")
     for task, tokens in plan.items():
@@ -65,13 +70,6 @@ def _kind(folder: Path) -> tuple[str, ...]:
     metadata = folder / "metadata.jsonl"
     named = metadata.is_file() and any(b'"reference_file_name"' in line for line in read_lines(metadata))
     return PAIR if named else CLIP
-
-
-def _tokenizer(backbone: str) -> tuple[Callable[[str], int], int]:
-    """(tokens of a prompt, how many of them the model reads), without the model's weights."""
-    with torch.device("meta"):
-        text = weights.open_backbone(backbone).parts["text"].build()
-    return text.length, text.tokenizer.max_length
 
 
 def _verdict(row: Row, args: argparse.Namespace) -> tuple[bool, str]:
@@ -104,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in MODELS[one.get_default("model")]:
         one.add_argument("--" + name.replace("_", "-"), type=float if name == "fps" else int, help="instead")
     one.add_argument("--backbone", default="", help="checkpoint folder, to tell the captions that it cuts")
+    one.add_argument("--sheet", default="", help="also write a page that shows what the trainer will see")
     one.add_argument("--workers", type=int, default=os.cpu_count(), help="files decoded at once")
     one.set_defaults(run=check)
     importers.add_commands(commands.add_parser("import", help="make a folder of pairs or clips"))

@@ -90,18 +90,25 @@ class Cache:
     """The entries of one pair of networks at one precision.
 
     vae, text: the files they are made of. frames: how many frames of a clip are also encoded alone, to be its
-    reference; 0 is all of them, as a random reference frame has it without a cache.
+    reference; 0 is all of them, as a random reference frame has it without a cache. cleaning: what is done to
+    a prompt before it is read, which may depend on what is installed.
     """
 
     def __init__(
-        self, folder: str | Path, vae: Sequence[Path], text: Sequence[Path], dtype: str, frames: int = 0
+        self,
+        folder: str | Path,
+        vae: Sequence[Path],
+        text: Sequence[Path],
+        dtype: str,
+        frames: int = 0,
+        cleaning: str = "",
     ):
         self.shards, self.hashes = Shards(Path(folder)), Hashes(Path(folder) / "hashes.json")
         self.hashes.learn({*vae, *text})
         self.eyes, self.ears = (
             (VERSION, dtype, [self.hashes(file) for file in files]) for files in (vae, text)
         )
-        self.frames = frames
+        self.ears, self.frames = (*self.ears, cleaning), frames
 
     def text_name(self, prompt: str) -> str:
         return digest("text", self.ears, prompt)
