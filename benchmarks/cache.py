@@ -28,6 +28,7 @@ from sdv.data.cache import Cache, Networks
 from sdv.data.media import from_uint8
 from sdv.data.rows import Clips, Pairs
 from sdv.run import parallel
+from sdv.run.settings import run
 
 WORLD = toy.ROOT / "out/cache-benchmark"
 PAIRS, CLIPS = 256, 32
@@ -115,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import alternating
+from sdv.run.settings import run
 
 LAYERS, RANK, ALPHA = 2, 128, 64.0
 SIZE = (1, 16, 1, 30, 46)  # one latent frame of 240 x 368 pixels
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

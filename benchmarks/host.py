@@ -23,6 +23,7 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch
+from sdv.run.settings import run
 
 COLUMNS = "operator", "learns", "pass", "operator us", "plain us", "ratio", "machine", "versions", "date"
 CALLS = 10  # of a round: few, so that some rounds end before anybody else wants the core
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import weights
 from benchmarks import alternating
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from sdv.run.settings import run
 from weights import tiny
 from weights.cogvideox import DIT_NAMES
 from weights.tensors import rename, reverse
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import alternating
+from sdv.run.settings import run
 
 SHAPES = {  # of the pixels and of the latents
     "cogvideox": ((1, 3, 17, 240, 360), (1, 16, 5, 30, 45)),
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,6 +26,7 @@ from benchmarks.evaluation.scores import mean_cosine, movement_scores
 from microworld import metrics, studio, world
 from microworld.sprites import Subject
 from sdv.data.media import to_uint8
+from sdv.run.settings import run
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 SIDE = 128  # of the pictures that the network is given; the films are 64 pixels wide
@@ -269,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
