@@ -5,23 +5,34 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
+from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import weights
 from sdv.lora import add_lora, lora_parameters
+from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.run import plan
 from sdv.run.base_storage import hold
 from sdv.run.cost import build, count, rehearse
 from weights import tiny as tiny_model
 
+FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: (
+        flop_counter.sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda do, q, k, v, *rest, **more: (
+        flop_counter.sdpa_backward_flop_count(do, q, k, v)
+    ),
+}
 SMALL = train.Config(
     frames=9, height=64, width=96, rank=4, identity_batch=2, device="cpu", dtype="float32", cache="there"
 )
@@ -54,7 +65,7 @@ class Step:
             parameter.data = parameter.to(torch.float32 if exact & set(path.split(".")) else self.dtype)
         add_lora(self.dit, cfg.rank, cfg.alpha, self.dit.lora_targets)
         hold(self.dit, cfg.base_storage, "cpu")
-        self.dit.recompute_every = cfg.recompute_every
+        self.dit.recompute_every, self.dit.keep_attention = cfg.recompute_every, cfg.keep_attention
         for parameter in lora_parameters(self.dit).values():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -89,17 +100,26 @@ def kept_bytes(step: Step) -> int:
     return sum(size for address, size in sizes.items() if address not in own)
 
 
-def allocator_peak(step: Step) -> int:
-    """Most bytes that torch's allocator gave out at once during a step."""
+def allocated(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch's allocator gave out for what work returns, and most at once meanwhile."""
     with profile(profile_memory=True) as profiler:
-        loss, *_alive = step.forward()
-        loss.backward()
+        _alive = work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak
+    return now, peak
+
+
+def allocator_peak(step: Step) -> int:
+    """Most bytes that torch's allocator gave out at once during a step."""
+
+    def work() -> None:
+        loss, *_alive = step.forward()
+        loss.backward()
+
+    return allocated(work)[1]
 
 
 @BACKBONES
@@ -117,6 +137,28 @@ def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, storage):
         assert found.kept == kept_bytes(step), every
         if every < 2:
             assert 0 <= allocator_peak(step) - found.peak <= states + scratch, every
+
+
+@BACKBONES
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_attention_returned_may_stay(layout, every):
+    """Beside torch's allocator, whose bytes are there after forward, and its FLOP counter."""
+    cfg = dataclasses.replace(SMALL, recompute_every=every, keep_attention=True)
+    step = Step(cfg, layout)
+    step.forward()[0].backward()
+    found, states = rehearse(cfg, layout, "motion", 2), GENERATOR * 2 // every
+    assert 0 <= allocated(step.forward)[0] - found.kept <= states
+    assert every > 1 or 0 <= allocator_peak(step) - found.peak <= states
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        step.forward()[0].backward()
+    assert found.flops.total() == counter.get_total_flops()
+
+    again = rehearse(dataclasses.replace(cfg, keep_attention=False), layout, "motion", 2)
+    assert again.flops["backward", "attention"] == found.flops["backward", "attention"]
+    less = again.flops["recompute", "attention"] - found.flops["recompute", "attention"]
+    text = layout.text_tokens if isinstance(step.dit, CogVideoXDiT) else 0  # Wan sees it in another attention
+    tokens = 4 * step.sides[0] * step.sides[1] // layout.patch**2 + text
+    assert less == 4 * tokens**2 * step.dit.cfg.dim * 2 // every
 
 
 @BACKBONES
