@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import weights
+from benchmarks import fullsize, models
+from helpers import ROOT
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.run import plan
@@ -195,6 +199,37 @@ def test_the_kernels_of_a_gpu_keep_no_copies_in_float32(layout):
     assert gpu.flops["backward", "matrices"] == cpu.flops["backward", "matrices"]
 
 
+def test_an_h100_by_table_is_the_one_that_was_measured(monkeypatch, tmp_path):
+    """Two training steps, which its shares are made of, and two steps of sampling, which they are not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = (ROOT / "benchmarks/nvidia-h100-80gb-hbm3/fullsize.jsonl").read_text().splitlines()
+    rows = {(row["part"], row["what"], row["who"]): row for row in map(json.loads, lines)
+            if row["commit"].startswith("1cf6d9f")}  # fmt: skip
+    for name, tasks in (("cogvideox", ("motion", "identity")), ("wan", ())):
+        layout, _ = models.open_model(name, tmp_path / name)
+        step = fullsize.Step(layout.frames, layout.height, layout.width, "cuda")
+        reached = plan.speed(step, layout)
+        for task in tasks:
+            said, row = plan.predict(step, layout, task, 1), rows["steps", f"{name} {task}", "sdv"]
+            assert 0.985 < said.peak / 1e9 / row["gigabytes"] < 1
+            assert reached.seconds(said.flops) == pytest.approx(statistics.median(row["seconds"]), rel=0.01)
+        flops = plan.predict(dataclasses.replace(step, motion_batch=2), layout, "motion", 1).flops
+        forward = Counter({key: n for key, n in flops.items() if key[0] == "forward"})
+        (seconds,) = rows["denoise", f"{name}, with a reference", "sdv, LoRA not merged"]["seconds"]
+        assert reached.seconds(forward) == pytest.approx(seconds, rel=0.05)
+
+
+@pytest.mark.parametrize("backbone", ["tiny"])
+def test_whose_speed_it_is_is_said(monkeypatch, layout):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = dataclasses.replace(SMALL, device="cuda", dtype="bfloat16")
+    now = {"identity": plan.predict(cfg, layout, "identity", 1)}
+    said = plan.timing(cfg, now, plan.speed(cfg, layout))
+    assert "on an NVIDIA H100 80GB HBM3, measured on 2026-11-26" in said[-1]
+    exact = dataclasses.replace(cfg, dtype="float32")
+    assert plan.speed(exact, layout) is None and "only bf16" in plan.timing(exact, now, None)[0]
+
+
 @pytest.fixture
 def full_size(tiny, tmp_path):
     """The configs of CogVideoX-5B, without any weights."""
@@ -241,5 +276,6 @@ def test_plan_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tiny, tmp
     assert "this CPU as it is now" in said and "--cache FOLDER" in said
 
     peak = {line[:54].strip(): line[54:].split()[0] for line in said.splitlines() if "time x" in line}
+    assert float(peak["--keep-attention"]) > float(peak["as asked"])
     for lever in ("--cache FOLDER", "--rank 2", "--shard, 8 processes"):
         assert float(peak[lever]) < float(peak["as asked"]), lever

@@ -8,8 +8,8 @@ measured: 6.8 and 6.5 in fp32 (4 % too many), 3.0 and 3.1 in bf16 (2 % too few),
 fast as one. GB in fp32: 0.70 and 1.11. The latter is how much a process grew, and torch's allocator held 0.70
 of it; the matrix library and the heap have the rest.
 
-Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) memory
-is 1 % less than measured, 27.6 and 29.5 GB, and seconds agree, because the shares below were chosen so.
+Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) the
+memory is 1 % less than measured, 27.6 and 29.5 GB, and seconds agree: the shares below were chosen for that.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from sdv.run.cost import Encoders, Layout, Settings, Task, build, count, encodin
 ON_CPU = 0.83
 # On a GPU attention has a speed of its own, of which a step reaches ATTENTION; what norms, additions and
 # modulations take is put down to the matrices. Both shares follow from two training steps, 3.92 s of a clip
-# and 2.04 s of eight pairs. Two steps of sampling with an unmerged LoRA, which had no part in it, come out 4 %
-# (CogVideoX) and 3 % (Wan) too slow.
+# and 2.04 s of eight pairs. Two steps of sampling with an unmerged LoRA, which had no part in it, come out
+# 4 % (CogVideoX) and 3 % (Wan) too slow.
 MATRICES, ATTENTION = 0.608, 0.96
 TABLE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 1cf6d9f; there is no GPU here"
 TORCHRUN = 8  # processes that --shard is shown for where there is one
@@ -121,12 +121,12 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
 
 
 def rate(work: Callable[[], object], flops: float, device: str) -> float:
-    """FLOP/s of work that has so many, over a second."""
+    """FLOP/s of work that has so many, over half a second."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     work()
     wait()
     start, times = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 1:
+    while (spent := time.perf_counter() - start) < 0.5:
         work()
         wait()
         times += 1
