@@ -6,14 +6,17 @@ import importlib.metadata
 import importlib.util
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
+
+from benchmarks.models import two_blocks
+from sdv.run.provenance import commit
 
 T = TypeVar("T")
 LIBRARIES = ("torch", "triton", "diffusers", "peft")
@@ -59,14 +62,8 @@ class Book:
         There is a first time that does not count, with two blocks only if there are blocks.
         """
         gpu = self.device == "cuda"
-        blocks = dit.blocks if dit else []
-        if dit:
-            dit.blocks = blocks[:2]
-        try:
+        with two_blocks(dit) if dit else nullcontext():
             out = work()
-        finally:
-            if dit:
-                dit.blocks = blocks
         wait, seconds = torch.cuda.synchronize if gpu else lambda: None, []
         held = torch.cuda.memory_allocated() - getattr(out, "nbytes", 0) if gpu and beside else 0
         if gpu:
@@ -90,18 +87,17 @@ def folder_of(device: str) -> Path:
 
 def stamp(device: str) -> dict:
     """Of which day, code, machine and libraries a result is."""
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     there = [name for name in LIBRARIES if importlib.util.find_spec(name)]
     return {
         "date": str(datetime.date.today()),
-        "commit": asked.stdout.strip() or "unknown",
+        "commit": commit() or "unknown",
         "machine": torch.cuda.get_device_name() if device == "cuda" else "dry run",
         "versions": {name: importlib.metadata.version(name) for name in there},
     }
 
 
-LEGEND = """s: the median; GB: most memory at once, of a VAE beside its weights; differs by: relative error from
-sdv, of numerics from sdv in float32."""
+LEGEND = """s: the median. GB: most memory at once, of a VAE beside its weights. differs by: relative error,
+from sdv, of numerics from sdv in float32."""
 HEAD = """| what | who | s | GB | --plan: s | GB | sdv / this | differs by |
 |---|---|---:|---:|---:|---:|---:|---:|"""
 

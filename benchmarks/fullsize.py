@@ -259,7 +259,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="nothing is started that would end later")
     parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/<GPU>]")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
-    parser.add_argument("--warm", action="store_true", help="compile everything, time and write nothing")
+    parser.add_argument(
+        "--warm", action="store_true", help="two layers, compiled; nothing is timed or written"
+    )
     parser.add_argument("--dry", action="store_true", help="small, on the CPU")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
@@ -271,7 +273,7 @@ def main() -> None:
     torch.manual_seed(0)
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            layout, configs = open_model(name, Path(folder), small=args.dry)
+            layout, configs = open_model(name, Path(folder), args.dry, 2 if args.warm else None)
         step = Step(layout.frames, layout.height, layout.width, device)
         if args.dry:
             step = replace(step, frames=5, height=32, width=64, rank=4, identity_batch=2)

@@ -7,7 +7,6 @@ weights. Small ones have the same parts, for a CPU.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,11 +49,15 @@ TARGETS = {
 }  # of a LoRA, in diffusers' names
 
 
-def open_model(name: str, folder: Path, small: bool = False) -> tuple[weights.Layout, dict[str, dict]]:
-    """A checkpoint folder without weights, read; and the configs of its parts."""
+def open_model(
+    name: str, folder: Path, small: bool = False, layers: int | None = None
+) -> tuple[weights.Layout, dict[str, dict]]:
+    """A checkpoint folder without weights, read, of a transformer with all layers or some; its configs."""
     configs = {file: dict(content) for file, content in tiny.FAMILIES[name].items()}
     for part, sizes in {} if small else FULL[name].items():
         configs[f"{part}/config.json"] |= sizes
+    if layers:
+        configs["transformer/config.json"]["num_layers"] = layers
     if not small:
         configs.pop(
             "tokenizer/tokenizer_config.json", None
@@ -108,29 +111,22 @@ class Stock(nn.Module):
         with made_as(dtype, device):
             self.net = getattr(diffusers, config["_class_name"]).from_config(config)
         self.net.requires_grad_(False)
+        self.ropes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         wide = set(self.net._keep_in_fp32_modules or ())
         for path, parameter in self.net.named_parameters():
             if wide & set(path.split(".")):
                 parameter.data = parameter.data.float()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.net.transformer_blocks if self.name == "cogvideox" else self.net.blocks
-
-    @blocks.setter
-    def blocks(self, value: nn.ModuleList) -> None:
-        setattr(self.net, "transformer_blocks" if self.name == "cogvideox" else "blocks", value)
-
-    @cache  # noqa: B019  one model, few sizes
     def rope(self, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-        cfg = self.net.config
-        grid = height // 2, width // 2
-        crop = get_resize_crop_region_for_grid(grid, cfg.sample_width // 2, cfg.sample_height // 2)
-        tables = get_3d_rotary_pos_embed(cfg.attention_head_dim, crop, grid, frames)
-        return tuple(table.to(self.device) for table in tables)
+        if (frames, height, width) not in self.ropes:
+            cfg, grid = self.net.config, (height // 2, width // 2)
+            crop = get_resize_crop_region_for_grid(grid, cfg.sample_width // 2, cfg.sample_height // 2)
+            tables = get_3d_rotary_pos_embed(cfg.attention_head_dim, crop, grid, frames)
+            self.ropes[frames, height, width] = tuple(table.to(self.device) for table in tables)
+        return self.ropes[frames, height, width]
 
     def forward(
         self, video: Tensor, t: Tensor, text: Tensor, ref: Tensor | None = None, keep: Tensor | None = None
@@ -168,6 +164,19 @@ def stock_vae(config: dict, dtype: torch.dtype, device: str) -> nn.Module:
 
     with made_as(dtype, device):
         return getattr(diffusers, config["_class_name"]).from_config(config).eval().requires_grad_(False)
+
+
+@contextmanager
+def two_blocks(dit: nn.Module) -> Iterator[None]:
+    """In it, a transformer, ours or diffusers', has its first two blocks only."""
+    owner = dit.net if isinstance(dit, Stock) else dit
+    name = "transformer_blocks" if hasattr(owner, "transformer_blocks") else "blocks"
+    blocks = getattr(owner, name)
+    setattr(owner, name, blocks[:2])
+    try:
+        yield
+    finally:
+        setattr(owner, name, blocks)
 
 
 def share(ours: nn.Module, theirs: nn.Module, names: dict) -> None:
