@@ -4,7 +4,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 
-.PHONY: demo chain test test-triton base lint clean
+.PHONY: demo films chain test test-triton base lint clean
 
 $(VENV)/run: pyproject.toml constraints.txt          # enough to train, sample and plot
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,11 @@ base: $(VENV)/run
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV) out
+
+# The moving picture on the front page.
+films: $(VENV)/run
+	$(RUN) -m microworld.strip

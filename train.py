@@ -16,6 +16,7 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code below:
 
 import dataclasses
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from sdv.models.positions import place_reference
 from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss
 from sdv.run import held_out, log, parallel, plan, provenance, report, saves, settings
 from sdv.run.base_storage import Storage, hold
+from sdv.run.card import model_card
 from sdv.run.films import Shot, read_shots
 from sdv.run.settings import Count, CountOrNone, NotNegative, Positive, Rate, Seed, Share
 from sdv.seeds import COIN, DROPOUT, LORA, SAMPLE, generator
@@ -120,6 +122,7 @@ class Training:
     feeds: dict[str, Iterator[dict]]  # of each task, endless batches
     optimizer: torch.optim.Optimizer
     surgery: Surgery
+    rows: dict[str, int]  # of each task, how many there are
     seen: dict[str, int]  # of each task, samples so far, of all processes
 
 
@@ -365,12 +368,17 @@ def open_encoders(
 
 
 def save(out: Path, step: int, run: Training, cfg: Config) -> None:
-    """All ranks give their share, rank 0 writes."""
+    """All ranks give their share, rank 0 writes: adapter, model card, and what a resumed run needs."""
     lora = {name: parallel.whole(p) for name, p in lora_parameters(run.dit).items()}
     state = {"optimizer": parallel.optimizer_state(run.dit, run.optimizer), "step": step, "samples": run.seen}
     state["past"] = {task: list(past) for task, past in run.surgery.past.items()}
+
+    def write_adapter(file: Path) -> None:
+        weights.save_adapter(run.dit, file, lora=lora)
+        file.with_name("README.md").write_text(model_card(cfg, run.rows, step, sys.argv), encoding="utf-8")
+
     if parallel.ranks()[0] == 0:
-        saves.write_save(out, step, partial(weights.save_adapter, run.dit, lora=lora), state, cfg.keep)
+        saves.write_save(out, step, write_adapter, state, cfg.keep)
     parallel.wait()
 
 
@@ -522,7 +530,9 @@ def main() -> None:
         size = getattr(cfg, f"{task}_batch")
         start = seen[task] // (size * world)
         feeds[task] = batches(rows, size, cfg.seed, start, rank, world, cfg.workers, cfg.device)
-    training = Training(enc, dit, schedule, feeds, optimizer, surgery, seen)
+    training = Training(
+        enc, dit, schedule, feeds, optimizer, surgery, {task: len(rows) for task, rows in data.items()}, seen
+    )
 
     # 5. Train.
     dit.train()

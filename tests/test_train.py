@@ -84,7 +84,7 @@ def test_a_resumed_run_equals_the_one_never_stopped(monkeypatch, tiny, tmp_path,
     run(monkeypatch, train, options | {"--out": whole, "--steps": 6})
     run(monkeypatch, train, options | {"--out": parts, "--steps": 4})
     # The second part goes on from the save at step 3 as if the process had died after it.
-    for name in ("adapter.safetensors", "training.pt"):
+    for name in ("adapter.safetensors", "training.pt", "README.md"):
         (parts / "step-000004" / name).unlink()
     (parts / "step-000004").rmdir()
     run(monkeypatch, train, options | {"--out": parts, "--steps": 6, "--resume": ""})
@@ -306,3 +306,12 @@ def test_a_run_begun_before_settings_were_renamed_goes_on(monkeypatch, tiny, tmp
     config["frozen"] = config.pop("base_storage")
     (tmp_path / "config.json").write_text(json.dumps(config))
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+
+
+def test_a_model_card_lies_beside_every_saved_adapter(monkeypatch, tiny, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 1, **RUN})
+    card = (tmp_path / "run" / "step-000001" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == tiny.name and front["license"] == "other"
+    assert "4 pairs of pictures, 3 clips" in card and "rank 8, alpha 8" in card and "--p-video 0.5" in card

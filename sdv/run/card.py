@@ -1,0 +1,60 @@
+"""The model card beside a saved adapter: what it was made of, and how it is used."""
+
+from pathlib import Path
+
+USE = """\
+```
+python sample.py --backbone {base} --adapter adapter.safetensors --ref subject.jpg --prompt "..."
+```
+
+In stock diffusers the reference is one more, clean frame before the video:
+
+```python
+pipe.load_lora_weights("{folder}", weight_name="adapter.safetensors")  # its strength is in the file
+```
+"""
+
+
+def model_card(cfg: object, rows: dict[str, int], step: int, command: list[str]) -> str:
+    """Markdown with the front matter that hubs read. cfg: train.py's settings; rows: of each task."""
+    base = Path(cfg.backbone).resolve().name
+    pairs, clips = rows.get("identity", 0), rows.get("motion", 0)
+    lora = f"begun from {Path(cfg.adapter).name}"
+    if not cfg.adapter:
+        lora = f"rank {cfg.rank}, alpha {cfg.alpha:g}"
+    return f"""---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [lora, subject-driven, reference-to-video]
+license: other
+license_name: to-be-filled-in  # the base model's licence and that of your data decide
+---
+
+# A subject from one picture, for {base}
+
+A LoRA for zero-shot subject-driven video generation ([arXiv 2504.17816](https://arxiv.org/abs/2504.17816)):
+one picture of any subject and a prompt make a video of that subject. Trained by sdv.
+
+| | |
+|---|---|
+| steps | {step:,} |
+| data | {pairs:,} pairs of pictures, {clips:,} clips |
+| mixture | motion steps with probability {cfg.p_video:g}, reference dropped in {cfg.p_drop:g} of them |
+| size | {cfg.frames} frames of {cfg.height} x {cfg.width} at {cfg.fps:g} a second |
+| LoRA | {lora} |
+| prompts of pictures | begin with `{cfg.cls_token.strip() or "nothing"}` in training, not in use |
+
+Trained by
+
+```
+{" ".join(command)}
+```
+
+## Use
+
+{USE.format(base=base, folder=f"step-{step:06d}")}
+## To be filled in
+
+Licence; whose pictures and clips these are; what it is meant for and what not; what it gets wrong.
+"""

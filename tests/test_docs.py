@@ -1,0 +1,30 @@
+"""The code on the pages is the code of the project."""
+
+import ast
+import re
+import textwrap
+
+import pytest
+
+from helpers import ROOT
+
+BLOCK = re.compile(r"<!-- ([\w/]+\.py): ([\w.]+) -->\n```python\n(.*?)```", re.DOTALL)
+BLOCKS = [
+    (page, *found)
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for found in BLOCK.findall(page.read_text())
+]
+
+
+def source_of(file: str, name: str) -> str:
+    """The text of a function or class, `outer.inner` for one inside another, at no indentation."""
+    text = (ROOT / file).read_text()
+    node = ast.parse(text)
+    for part in name.split("."):
+        node = next(child for child in ast.walk(node) if getattr(child, "name", None) == part)
+    return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])) + "\n"
+
+
+@pytest.mark.parametrize(("page", "file", "name", "shown"), BLOCKS, ids=lambda value: str(value)[:40])
+def test_a_page_shows_what_the_file_says(page, file, name, shown):
+    assert shown == source_of(file, name), f"{page.name}: copy {name} of {file} again"
