@@ -276,7 +276,7 @@ def main() -> None:
             layout, configs = open_model(name, Path(folder), args.dry, 2 if args.warm else None)
         step = Step(layout.frames, layout.height, layout.width, device)
         if args.dry:
-            step = replace(step, frames=5, height=32, width=64, rank=4, identity_batch=2)
+            step = replace(step, frames=9, height=32, width=64, rank=4, identity_batch=2)
         model = Model(name, layout, configs, step, peers)
         for part in (steps, denoise, vae, storage):
             if part.__name__ in args.parts:
