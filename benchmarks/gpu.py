@@ -84,7 +84,7 @@ def on_cpu(folder: Path, seconds: float) -> tuple[list[Job], list[Job]]:
     small = [*FULLSIZE, "--dry", "--no-peers"]
     hopper, others = tests(seconds)
     few = others._replace(command=[*TESTS, "-k", "test_rope_theorems or test_adaln_theorems"])
-    warm = Job("compile: steps", [*small, "--warm", "--parts", "steps", "--models", "cogvideox"], seconds)
+    warm = Job("compile: denoise", [*small, "--warm", "--parts", "denoise", "--models", "wan"], seconds)
     alone = [Job("kernels", [*BENCH, "--dry"], seconds)]
     alone.append(Job(f"full size, {', '.join(FULL)}", [*small, "--out", str(folder)], seconds))
     return [hopper, few, warm], alone
@@ -146,7 +146,8 @@ def main() -> int:
     lines = [f"{about['date']}, {about['machine']}, commit {about['commit']}, "
              + ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
              "", "| job | ended | s | its last line |", "|---|---|---:|---|"]  # fmt: skip
-    for jobs, at_once, share in ((together, os.cpu_count() or 1, COMPILING), (alone, 1, 1.0)):
+    many = os.cpu_count() or 1
+    for jobs, at_once, share in ((together, many, COMPILING), (alone, many if args.dry else 1, 1.0)):
         for row in run(jobs, at_once, start + seconds * (1.0 if args.dry else share)):
             done.append(row)
             lines.append(f"| {row['job']} | {row['ended']} | {row['seconds']} | {row.get('said', '')} |")
