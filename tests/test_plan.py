@@ -259,6 +259,7 @@ def test_plan_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tiny, tmp
     assert "this CPU as it is now" in said and "--cache FOLDER" in said
 
     peak = {line[:54].strip(): line[54:].split()[0] for line in said.splitlines() if "time x" in line}
-    assert float(peak["--keep-attention"]) > float(peak["as asked"])
+    assert float(peak["--keep-attention"]) >= float(peak["as asked"])  # encoding takes more than either
+    assert next(float(line.split()[-1]) for line in said.splitlines() if "--keep-attention" in line) < 1
     for lever in ("--cache FOLDER", "--rank 2", "--shard, 8 processes"):
         assert float(peak[lever]) < float(peak["as asked"]), lever
