@@ -12,7 +12,7 @@ $(VENV)/run: pyproject.toml constraints.txt          # enough to train, sample a
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run                             # plus the test runner and the oracles
-	$(PIP) -e '.[plots,dev,importers,parity,tensorboard]'
+	$(PIP) -e '.[plots,dev,importers,parity,evaluate,tensorboard]'
 	@touch $@
 
 # The method in the micro-world: trains an adapter, films subjects never seen, measures, writes out/demo/index.html.
@@ -38,6 +38,7 @@ TRITON ?= 3.6.0
 test-triton: $(VENV)/dev
 	$(VENV)/bin/pip install -q --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m pytest test_kernels.py
+	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m pytest tests/test_hopper.py
 	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m kernels.bench --lint --sample
 
 # The micro-world's base model from nothing; every stage goes on where it was stopped.

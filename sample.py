@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
+from sdv.data.captions import clean_caption
 from sdv.data.files import write_whole
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.sizes import with_model_defaults
@@ -149,7 +150,8 @@ def wanted(cfg: Config) -> list[Shot]:
         shots = read_shots(cfg.manifest)
     else:
         ref = Path(cfg.ref) if cfg.ref else None
-        shots = [Shot(prompt, ref, seed) for prompt in cfg.prompt for seed in cfg.seed]
+        prompts = [prompt and clean_caption(prompt, "--prompt") for prompt in cfg.prompt]
+        shots = [Shot(prompt, ref, seed) for prompt in prompts for seed in cfg.seed]
     if cfg.ref_guidance != 1 and not any(shot.ref for shot in shots):
         raise ValueError(
             f"--ref-guidance {cfg.ref_guidance:g}: there is no reference to be guided by; give --ref"

@@ -32,6 +32,7 @@ import sample
 import weights
 from sdv import diagnostics, objectives
 from sdv.data.cache import Cache, Cached, Networks
+from sdv.data.captions import say_cut
 from sdv.data.loader import batches
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.rows import Clips, Pairs, Rows
@@ -355,10 +356,10 @@ def open_encoders(
         return Encoders(*networks(), ref_tokens), opened["vae"], None
     # With a cache they are needed once, and leave the memory before the transformer comes.
     files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
-    store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames)
+    store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames, layout.parts["text"].note)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
     prompts |= {film.negative, *(shot.prompt for shot in shots)}
-    say(store.fill(folders, prompts, networks, *parallel.ranks()))
+    say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait))
     vae = opened.pop("vae", None)
     if shots and vae is None:
         vae = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae",), say).vae
@@ -461,6 +462,12 @@ def main() -> None:
     if cfg.plan:
         return say(plan.report(cfg, layout, world))
     data, unseen = open_rows(cfg)
+    folders = [*data.values(), *unseen.values()]
+    captions = ((row.origin, rows.prompt(row)) for rows in folders for row in rows.rows)
+    say(
+        say_cut(captions, *weights.token_counter(layout))
+        or "captions: none is longer than the text encoder reads"
+    )
     out, dtype, kept = Path(cfg.out), getattr(torch, cfg.dtype), kept_settings(cfg, world)
     if cfg.resume:
         saves.require_same(out, kept, RENAMED)
@@ -484,7 +491,6 @@ def main() -> None:
         saves.begin(out, kept, provenance.provenance(cfg), resume=cfg.resume)
 
     # 2. The frozen eyes and ears.
-    folders = [*data.values(), *unseen.values()]
     enc, vae, store = open_encoders(cfg, layout, folders, shots, film, say)
     if store:
         data, unseen = ({task: Cached(rows, store) for task, rows in d.items()} for d in (data, unseen))

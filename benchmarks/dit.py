@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import turns
+from benchmarks import alternating
+from sdv.run.settings import run
 
 LAYERS, RANK, ALPHA = 2, 128, 64.0
 SIZE = (1, 16, 1, 30, 46)  # one latent frame of 240 x 368 pixels
@@ -91,9 +92,9 @@ def main() -> None:
     rows = []
     for dtype in ("float32", "bfloat16"):
         repeats = "--repeats", str(args.repeats)
-        taken = turns.take("benchmarks.dit", ("ours", "diffusers"), args.pairs, dtype, *repeats)
+        taken = alternating.run("benchmarks.dit", ("ours", "diffusers"), args.pairs, dtype, *repeats)
         for field in ("seconds", "gigabytes"):
-            mine, theirs, ratio = turns.compare(taken, field)
+            mine, theirs, ratio = alternating.compare(taken, field)
             rows.append([dtype, field, mine, theirs, ratio])
             print(f"{dtype:9} {field:10} ours {mine:.3f}  diffusers {theirs:.3f}  ratio {ratio:.3f}")
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.host           # a minute on a CPU: prints a table and writes benchmarks/host.csv
 
-Small tensors and a launcher that does nothing: the launch and the kernel are not in the numbers. Text and
-video are two segments; x (and y) learn, as under a LoRA, or norms and modulations too. Two ways take turns
-in one process: a custom operator of torch, which torch.compile needs and which every call once was, and the
-plain call that eager mode takes. Of each the fastest round counts: others say how busy the machine was.
+Small tensors and a launcher that does nothing: neither Triton's launch nor the kernel is in the numbers.
+Text and video are two segments; x (and y) learn, as under a LoRA, or norms and modulations too. Two ways take
+turns in one process: a custom operator of torch, which torch.compile needs and which every call once was, and
+the plain call of eager mode. Of each the fastest round counts: others say how busy the machine was.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch
+from sdv.run.settings import run
 
 COLUMNS = "operator", "learns", "pass", "operator us", "plain us", "ratio", "machine", "versions", "date"
 CALLS = 10  # of a round: few, so that some rounds end before anybody else wants the core
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 import weights
-from benchmarks import turns
+from benchmarks import alternating
 from benchmarks.models import COGVIDEOX
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
+from sdv.run.settings import run
 from weights import tiny
 from weights.cogvideox import DIT_NAMES
 from weights.tensors import rename, reverse
@@ -70,7 +71,7 @@ def child(who: str, folder: Path) -> dict:
         pages = (p.detach().view(-1)[::2048].view(torch.int16).sum() for p in dit.parameters())
         loaded.update(check=sum(map(int, pages)), size=sum(p.nbytes for p in dit.parameters()) / 1e9)
 
-    return turns.measured(load) | loaded
+    return alternating.measured(load) | loaded
 
 
 def main() -> None:
@@ -85,18 +86,20 @@ def main() -> None:
         return
     if not (args.folder / "transformer/diffusion_pytorch_model.safetensors.index.json").is_file():
         write(args.folder)
-    taken = turns.take("benchmarks.load", ("diffusers", "ours"), args.pairs, "--folder", str(args.folder))
+    taken = alternating.run(
+        "benchmarks.load", ("diffusers", "ours"), args.pairs, "--folder", str(args.folder)
+    )
     assert len({turn["check"] for side in taken.values() for turn in side}) == 1, "not the same weights"
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs", "machine", "date"])
         machine = f"{platform.machine()}, torch {torch.__version__}"
         for field in ("seconds", "gigabytes"):
-            (mine, theirs, ratio), size = turns.compare(taken, field), taken["ours"][0]["size"]
+            (mine, theirs, ratio), size = alternating.compare(taken, field), taken["ours"][0]["size"]
             today = datetime.date.today()
             writer.writerow([field, mine, theirs, ratio, size, args.pairs, machine, today])
             print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,6 +25,7 @@ import torch
 
 from sdv.data.loader import batches
 from sdv.data.rows import Clips, Pairs
+from sdv.run.settings import run
 
 MEDIA = Path(__file__).resolve().parent.parent / "tests/media"
 HEIGHT, WIDTH, FRAMES, FPS = 480, 720, 9, 8
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

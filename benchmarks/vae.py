@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks import turns
+from benchmarks import alternating
+from sdv.run.settings import run
 
 SHAPES = {  # of the pixels and of the latents
     "cogvideox": ((1, 3, 17, 240, 360), (1, 16, 5, 30, 45)),
@@ -58,7 +59,7 @@ def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
     vae = {"ours": ours, "diffusers": diffusers}[who](model).eval()
     x = torch.randn(SHAPES[model][what == "decode"], dtype=dtype)
     work = vae.encode if what == "encode" else vae.decode
-    return turns.measured(lambda: work(x))
+    return alternating.measured(lambda: work(x))
 
 
 def main() -> None:
@@ -80,9 +81,9 @@ def main() -> None:
         for dtype in args.dtypes:
             for what in ("encode", "decode"):
                 job = what, dtype, args.model
-                taken = turns.take("benchmarks.vae", ("ours", "diffusers"), args.pairs, *job)
+                taken = alternating.run("benchmarks.vae", ("ours", "diffusers"), args.pairs, *job)
                 for field in ("seconds", "gigabytes"):
-                    mine, theirs, ratio = turns.compare(taken, field)
+                    mine, theirs, ratio = alternating.compare(taken, field)
                     today = str(datetime.date.today())
                     writer.writerow([dtype, what, field, mine, theirs, ratio, args.pairs, machine, today])
                     file.flush()
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .dispatch import dense, require, tl, triton, want, wide
+from .dispatch import dense, require, tl, triton, wide
 
 Segments = tuple[int, ...] | None
 WIDEST = 16384  # a row lives in the registers of one program
@@ -41,8 +41,17 @@ class Tile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-# Chosen 2026-11 by the compiler's registers and spills, not timed on any chip.
-TILES = {"forward": Tile(16, 3, 8), "backward": Tile(8, 4, 2)}
+# By (architecture, pass, function): timed on an H100, 2026-11-26, benchmarks/nvidia-h100-80gb-hbm3/tune.csv.
+TILES = {
+    (90, "forward", "adaln"): Tile(16, 3, 16),
+    (90, "forward", "gated_residual"): Tile(8, 4, 16),
+    (90, "forward", "gated_residual_adaln"): Tile(8, 4, 16),
+    (90, "backward", "adaln"): Tile(16, 3, 2),
+    (90, "backward", "gated_residual"): Tile(8, 4, 1),
+    (90, "backward", "gated_residual_adaln"): Tile(16, 3, 1),
+}
+# Other chips: chosen 2026-11 by the compiler's registers and spills, not timed.
+UNTIMED = {"forward": Tile(16, 3, 8), "backward": Tile(8, 4, 2)}
 
 
 def adaln_reference(
@@ -213,9 +222,13 @@ def _plan(
     return Plan(torch.tensor(programs, dtype=torch.int32, device=device), tuple(counts), meta)
 
 
-def _planned(x: Tensor, modulation: Tensor, segments: Sequence[int] | None, step: str) -> Plan:
-    segments = None if segments is None else tuple(segments)
-    return _plan(x.shape, modulation.shape[1], segments, TILES[step], dispatch.processors(x), x.device)
+def _planned(
+    x: Tensor, gate: Tensor | None, scale: Tensor | None, segments: Sequence[int] | None, step: str
+) -> Plan:
+    function = "adaln" if gate is None else "gated_residual" if scale is None else "gated_residual_adaln"
+    tile = TILES.get((dispatch.arch(x), step, function), UNTIMED[step])
+    S, segments = (scale if gate is None else gate).shape[1], None if segments is None else tuple(segments)
+    return _plan(x.shape, S, segments, tile, dispatch.processors(x), x.device)
 
 
 def _strided(*tensors: Tensor | None) -> Iterator:
@@ -238,7 +251,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, out, mean and 1 / std of every row); without a gate h is empty, without a scale the other two."""
     outputs = _outputs(x, y, gate, scale)
-    plan = _planned(x, scale if gate is None else gate, segments, "forward")
+    plan = _planned(x, gate, scale, segments, "forward")
     tensors = *_strided(x, y, gate, scale, shift), dense(weight), dense(bias)
     _launch(_forward_kernel, x, plan, *tensors, *outputs, eps)
     return outputs
@@ -255,7 +268,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d(h) with a dout, d(y) with a gate, A and C if the norm learns and d(gate) with a y); else empty."""
     g = dh if dout is None else dout
-    plan = _planned(g, scale if gate is None else gate, segments, "backward")
+    plan = _planned(g, gate, scale, segments, "backward")
     dx, dy, sums = _gradients(g, len(plan.programs), dout, gate, learns, y)
     tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight), stats, dx, dy
     n = 2 * learns + (y is not None)
@@ -356,13 +369,10 @@ def _check(
 ):  # fmt: skip
     got = tuple(x.shape)
     require(len(got) == 3 and got[1] > 0, lambda: f"{name}: want x (B, L, D), L of 1 or more, got {got}")
-    (B, L, D), rest = got, (y, *modulation.values(), *affine.values())
+    B, L, D = got
     require(D <= WIDEST, lambda: f"{name}: D = {D} is wider than {WIDEST}")
-    together = all(t is None or t.device == x.device for t in rest)
-    require(together, lambda: f"{name}: its tensors are on several devices")
-    if y is not None:
-        alike = y.shape == got and y.dtype == x.dtype
-        require(alike, lambda: f"{name}: x {x.dtype} {got} and y {y.dtype} {tuple(y.shape)} differ")
+    dispatch.want(name, got, x.device, {"y": y})
+    require(y is None or y.dtype == x.dtype, lambda: f"{name}: x {x.dtype} and y {y.dtype} differ")
     if segments is None:
         S = next(iter(modulation.values())).shape[1]
         require(
@@ -371,8 +381,5 @@ def _check(
     else:
         S, ok = len(segments), sum(segments) == L and min(segments) >= 0
         require(ok, lambda: f"{name}: segments {tuple(segments)} do not sum to the {L} tokens of x")
-    for key, m in modulation.items():
-        want(name, key, m, (B, S, D))
-    for key, p in affine.items():
-        if p is not None:
-            want(name, key, p, (D,))
+    dispatch.want(name, (B, S, D), x.device, modulation)
+    dispatch.want(name, (D,), x.device, affine)

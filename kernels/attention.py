@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import dispatch
+from . import dispatch, hopper
 from .dispatch import INTERPRET, TensorDescriptor, arch, require, tl, token_major, triton
 
 WIDTHS = (16, 32, 64, 128)
@@ -72,14 +72,16 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
-# By (architecture, K). Chosen 2026-11 by the compiler's registers, spills and shared memory; not timed yet.
+# By (architecture, K). Backward on 90: by timings on an H100, 2026-11-26, benchmarks/nvidia-h100-80gb-hbm3.
+# Forward on 90: for when hopper.py's does not fit. This and all other chips: chosen 2026-11 by the compiler's
+# registers, spills and shared memory, not timed.
 TILES = {
     (80, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
     (80, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
     (89, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
     (89, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-    (90, 64): Tiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (90, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
+    (90, 64): Tiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(32, 128, 4, 3)),
+    (90, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     (100, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
     (100, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (120, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
@@ -276,7 +278,8 @@ def _launch(kernel, tile: Tile, by_query: tuple, by_key: tuple, rows: tuple, sca
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o, log2 of each row's sum of exponentials)"""
-    return _portable_forward(*map(_aligned, (q, k, v)), scale)
+    q, k, v = map(_aligned, (q, k, v))
+    return (hopper.forward if hopper.fits(q) else _portable_forward)(q, k, v, scale)
 
 
 def _portable_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

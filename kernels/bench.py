@@ -66,7 +66,7 @@ class Timing(NamedTuple):
     mode: str
     clock: Clock
     share: float  # of the ceiling
-    peak: float  # GB, forward and backward together
+    peak: float  # GB
     error: float  # against float64, on a smaller input: the worst of the outputs, or of the gradients
 
 
@@ -207,6 +207,13 @@ def clock(f: Callable, ms: float) -> Clock:
     return Clock(tuple(took.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()), call)
 
 
+def memory(f: Callable) -> float:
+    """GB at most, while f runs."""
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
 def ceilings(ms: float) -> tuple[float, float]:
     """(FLOP/s of a large bf16 product of random numbers, bytes/s of a large copy)"""
     if not ms:
@@ -232,10 +239,8 @@ def error(f: Callable, small: Case, mode: str) -> float:
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in small.inputs]
     out, weights, backward = gradients(f, small.inputs)
     exact, _, exact_backward = gradients(small.exact, wide, tuple(w.double() for w in weights))
-    pairs = (
-        zip(out, exact, strict=True) if mode == "forward" else zip(backward(), exact_backward(), strict=True)
-    )
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    pairs = (out, exact) if mode == "forward" else (backward(), exact_backward())
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*pairs, strict=True))
 
 
 def timings(case: Case, small: Case, ceiling: tuple[float, float], ms: float) -> Iterator[Timing]:
@@ -244,17 +249,14 @@ def timings(case: Case, small: Case, ceiling: tuple[float, float], ms: float) ->
     for provider, f in case.providers.items():
         for mode, amount in zip(("forward", "backward"), work, strict=True):
             try:
-                if ms:
-                    torch.cuda.reset_peak_memory_stats()
-                *held, backward = gradients(f, case.inputs)
-                took = clock(backward if mode == "backward" else partial(f, *case.inputs), ms)
-                peak = torch.cuda.max_memory_allocated() / 1e9 if ms else NAN
-                del held, backward
-                wrong = (
-                    NAN if ms and provider == "torch.compile" else error(f, small, mode)
-                )  # compiles for long
+                call = partial(f, *case.inputs) if mode == "forward" else gradients(f, case.inputs)[2]
+                peak = memory(call) if ms else NAN
+                took = clock(call, ms)
+                compiling = ms and provider == "torch.compile"  # the small size too would take it long
+                wrong = NAN if compiling else error(f, small, mode)
             except Exception as reason:
-                print(f"{case.name}, {mode}, {provider}: not run: {str(reason).strip().splitlines()[0]}")
+                why = f"{type(reason).__name__}: {reason}".splitlines()[0]
+                print(f"{case.name}, {mode}, {provider}: not run: {why}")
                 continue
             share = amount / (took.kernel[0] * 1e-3) / limit
             yield Timing(case, provider, mode, took, share, peak, wrong)

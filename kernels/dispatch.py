@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+
+class Absent:
+    """Stands where a module is missing, so that decorators and annotations of kernels can still be read."""
+
+    def __getattr__(self, name: str):
+        return self
+
+    def __call__(self, thing=None, do_not_specialize=()):
+        return self if thing is None else thing
+
+
 try:
     import triton
     import triton.language as tl
@@ -21,14 +32,6 @@ try:
     HAVE_TRITON = True
 except ImportError:  # there is no Triton for macOS or Windows: the references run, kernels are only defined
     HAVE_TRITON = False
-
-    class Absent:
-        def __getattr__(self, name: str):
-            return self
-
-        def __call__(self, thing=None):
-            return thing
-
     triton = tl = TensorDescriptor = Absent()
 
 MODE = os.environ.get("SDV_KERNELS") or "auto"
@@ -50,8 +53,13 @@ def require(ok: bool, message: Callable[[], str]):
         raise ValueError(message())
 
 
-def want(name: str, key: str, x: Tensor, shape: tuple):
-    require(x.shape == shape, lambda: f"{name}: {key} {tuple(x.shape)}: want {tuple(shape)}")
+def want(name: str, shape: tuple, device: torch.device, tensors: dict[str, Tensor | None]):
+    """All that are not None have this shape, on this device."""
+    for key, x in tensors.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name}: {key} {tuple(x.shape)}: want {tuple(shape)}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}: {key} is on {x.device}, x on {device}")
 
 
 def use_triton(x: Tensor) -> bool:

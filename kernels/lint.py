@@ -20,12 +20,15 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from .dispatch import ARCHS, pretend
 
-adaln, attention, rope = (import_module(f"kernels.{name}") for name in ("adaln", "attention", "rope"))
+adaln, attention, hopper, rope = (
+    import_module(f"kernels.{name}") for name in ("adaln", "attention", "hopper", "rope")
+)
 
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
 SM_SHARED = {80: 167936, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor has
@@ -40,13 +43,15 @@ class Row(NamedTuple):
     case: str
     arch: int
     tile: str
-    warps: int
+    warps: int  # of a program, all groups together
     registers: int
     stack: int  # bytes of spilled registers, per thread
     shared: int  # bytes
     blocks: int
     tensor_core: int  # instructions
     hgmma: int
+    setmaxnreg: int  # instructions that hand registers from one group of warps to another
+    serialized: bool  # ptxas makes every HGMMA wait for the one before
     wide_loads: int  # of 16 bytes, or whole tiles by TMA
     narrow_loads: int  # of 1 or 2 bytes
     faults: str
@@ -68,16 +73,17 @@ def recorded(arch: int, call: Callable[[], object]) -> list[Launch]:
 
 def source(launch: Launch) -> ASTSource:
     """The launch as Triton's own specialization sees it: types, alignment, and integers that equal 1."""
-    names = launch.kernel.arg_names
-    values = dict(zip(names, launch.args, strict=False)) | launch.meta
-    fixed = {p.name for p in launch.kernel.params if p.is_constexpr}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(names):
-        if name in fixed:
-            signature[name], constants[(i,)] = "constexpr", values[name]
+    for i, p in enumerate(launch.kernel.params):
+        if p.is_constexpr:
+            signature[p.name], constants[(i,)] = "constexpr", values[p.name]
+        elif p.do_not_specialize:
+            signature[p.name] = "i32"
         else:
-            signature[name] = _type(values[name], (i,), constants, attributes)
-    return ASTSource(launch.kernel, signature, constants, attributes)
+            signature[p.name] = _type(values[p.name], (i,), constants, attributes)
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return kind(launch.kernel, signature, constants, attributes)
 
 
 def _type(x, path: tuple[int, ...], constants: dict, attributes: dict):
@@ -86,8 +92,9 @@ def _type(x, path: tuple[int, ...], constants: dict, attributes: dict):
     if x is None or (isinstance(x, int) and x == 1):
         constants[path] = x
         return "constexpr"
-    if isinstance(x, TensorDescriptor):
-        return f"tensordesc<{TYPES[x.base.dtype]}{list(x.block_shape)}>"
+    if hasattr(x, "block_shape"):  # a descriptor; Gluon's says how its tiles lie in shared memory
+        layout = f",{x.layout!r}" if hasattr(x, "layout") else ""
+        return f"tensordesc<{TYPES[x.base.dtype]}{list(x.block_shape)}{layout}>"
     if isinstance(x, float):
         return "fp32"
     if (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0:
@@ -105,26 +112,37 @@ def sass(cubin: bytes) -> tuple[str, str]:
     return usage, code
 
 
+def serialized(ptx: str, arch: int) -> bool:
+    """Whether ptxas says so; Triton keeps its remarks to itself."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"-arch=sm_{arch}a", file, "-o", Path(folder) / "kernel.cubin"]
+        return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def examine(case: str, arch: int, launch: Launch) -> Row:
     """Compiles one launch for arch and reads its machine code."""
-    options = {key: launch.meta[key] for key in ("num_warps", "num_stages")}
+    options = {key: value for key, value in launch.meta.items() if key in ("num_warps", "num_stages")}
     binary = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = sass(binary.asm["cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    warps, shared = options["num_warps"], binary.metadata.shared
+    warps, shared = int(re.search(r"\.reqntid (\d+)", binary.asm["ptx"])[1]) // 32, binary.metadata.shared
     held = -(-registers // 8) * 8 * 32 * warps  # registers are handed out by eights
     fit = min(65536 // held, 64 // warps, SM_SHARED[arch] // (shared + 1024))
     tile = " ".join(f"{name}={value}" for name, value in (launch.meta).items())
     patterns = (
         r"\b(HGMMA|HMMA|UTC\w*MMA)",
         r"\bHGMMA",
+        r"\bUSETMAXREG",
         r"\bUTMALDG|\bLDG(STS)?\.\S*128",
         r"\bLDG\.\S*U(8|16)\b",
     )
     module, function = launch.kernel.__module__.split(".")[-1], launch.kernel.__name__
     name = f"{module}.{function.strip('_').removesuffix('_kernel')}"
-    counts = (len(re.findall(pattern, code)) for pattern in patterns)
-    row = Row(name, case, arch, tile, warps, registers, stack, shared, fit, *counts, faults="")
+    cores, hgmma, setmaxnreg, *loads = (len(re.findall(pattern, code)) for pattern in patterns)
+    products = cores, hgmma, setmaxnreg, hgmma > 0 and serialized(binary.asm["ptx"], arch)
+    row = Row(name, case, arch, tile, warps, registers, stack, shared, fit, *products, *loads, faults="")
     return row._replace(faults=", ".join(faults(row)))
 
 
@@ -134,13 +152,18 @@ def faults(row: Row) -> Iterator[str]:
     fp32 attention may spill: without tensor cores its tiles do not fit, and it is there for checking alone.
     Triton 3.6 keeps 8 bytes of stack for sm_120 wherever there is TMA; that is no spill.
     """
-    exact = "attention" in row.kernel and "fp32" in row.case
+    products = row.kernel.startswith(("attention.", "hopper."))
+    exact = products and "fp32" in row.case
     if row.stack > 8 and not exact:
         yield f"spills {row.stack} bytes"
     if row.shared > SHARED[row.arch]:
         yield f"{row.shared} bytes of shared memory, the chip has {SHARED[row.arch]}"
-    if "attention" in row.kernel and not exact and not (row.hgmma if row.arch == 90 else row.tensor_core):
+    if products and not exact and not (row.hgmma if row.arch == 90 else row.tensor_core):
         yield "no tensor core instruction"
+    if row.serialized:
+        yield "products wait for each other"
+    if row.kernel.startswith("hopper.") and not row.setmaxnreg:
+        yield "the loader keeps the consumers' registers"
     if not row.wide_loads or row.narrow_loads:
         yield "loads of less than 16 bytes"
 
@@ -161,8 +184,16 @@ def attention_cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype, (H, Lq, Lk, K) in product(dtypes, ((48, 19126, 19126, 64), (24, 27280, 512, 128))):
         q, k = (meta(1, L, H, K, dtype=dtype).transpose(1, 2) for L in (Lq, Lk))
         lse = meta(1, H, Lq, dtype=torch.float32)
-        yield Case(f"K={K} {TYPES[dtype]}", partial(attention._forward, q, k, k, 0.125))
+        yield Case(f"K={K} {TYPES[dtype]}", partial(attention._portable_forward, q, k, k, 0.125))
         yield Case(f"K={K} {TYPES[dtype]}", partial(attention._backward, q, q, k, k, q, lse, 0.125))
+
+
+def hopper_cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    """Where Triton has what the file asks for, be it a version that is known to work or a newer one."""
+    halves = [dtype for dtype in dtypes if dtype != torch.float32] if hopper.COMPLETE else []
+    for dtype, (H, L, K) in product(halves, ((48, 19126, 64), (24, 27280, 128))):
+        q = meta(1, L, H, K, dtype=dtype).transpose(1, 2)
+        yield Case(f"K={K} {TYPES[dtype]}", partial(hopper.forward, q, q, q, 0.125))
 
 
 def rope_cases() -> Iterator[Case]:
@@ -210,12 +241,12 @@ def table(sample: bool = False) -> Iterator[Row]:
     """Every kernel on every chip; or bf16 alone, sm_90 whole and of the others attention."""
     dtypes = (torch.bfloat16,) if sample else (torch.bfloat16, torch.float16, torch.float32)
     for arch in (90, *(a for a in ARCHS if a != 90)):
-        cases = (
-            attention_cases(dtypes)
-            if sample and arch != 90
-            else chain(attention_cases(dtypes), rope_cases(), adaln_cases())
-        )
-        for case in cases:
+        cases = [attention_cases(dtypes)]
+        if arch == 90:
+            cases.append(hopper_cases(dtypes))
+        if arch == 90 or not sample:
+            cases += [rope_cases(), adaln_cases()]
+        for case in chain(*cases):
             for launch in recorded(arch, case.call):
                 yield examine(case.name, arch, launch)
 

@@ -43,8 +43,16 @@ class Tile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-# Chosen 2026-11 by the compiler's registers and spills, not timed on any chip.
-TILES = {"forward": Tile(4096, 16, 3, 8), "backward": Tile(4096, 16, 3, 4)}
+# By (architecture, pass, norm): timed on an H100, 2026-11-26, benchmarks/nvidia-h100-80gb-hbm3/tune.csv.
+TILES = {
+    (90, "forward", "none"): Tile(2048, 16, 3, 4),
+    (90, "forward", "layer"): Tile(2048, 16, 3, 4),
+    (90, "forward", "rms"): Tile(2048, 16, 3, 16),
+    (90, "backward", "layer"): Tile(4096, 16, 3, 2),
+    (90, "backward", "rms"): Tile(2048, 8, 3, 2),
+}
+# Other chips: chosen 2026-11 by the compiler's registers and spills, not timed.
+UNTIMED = {"forward": Tile(4096, 16, 3, 8), "backward": Tile(4096, 16, 3, 4)}
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -234,13 +242,18 @@ def _grid(shape: tuple, tile: Tile, norm: str, processors: int) -> tuple[tuple[i
     return (triton.cdiv(L, rows), triton.cdiv(H, heads), B), rows, meta | {"num_stages": 2}
 
 
+def _planned(x: Tensor, norm: str, step: str) -> tuple[tuple[int, int, int], int, dict]:
+    tile = TILES.get((dispatch.arch(x), step, norm), UNTIMED[step])
+    return _grid(x.shape, tile, norm, dispatch.processors(x))
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     eps: float, norm: str, sign: float,
 ) -> Tensor:  # fmt: skip
     """norm: none, layer or rms; sign -1 turns backwards."""
     (_, H, L, _), out = x.shape, token_major(x)
-    grid, rows, meta = _grid(x.shape, TILES["forward"], norm, dispatch.processors(x))
+    grid, rows, meta = _planned(x, norm, "forward")
     sizes = (eps, sign, H, L, 0 if cos is None else len(cos), rows)
     dispatch.launch(
         _forward_kernel, grid, *_strided(x), dense(weight), dense(bias), cos, sin, out, *sizes, **meta
@@ -250,28 +263,22 @@ def _forward(
 
 def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str,
-    sums_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d(x), and if sums_wanted d(weight) and, of layer alone, d(bias) in fp32; else empty."""
-    grid, rows, meta = _grid(x.shape, TILES["backward"], norm, dispatch.processors(x))
-    (B, H, L, K), wanted = x.shape, (sums_wanted, sums_wanted and norm == "layer")
-    dx, *sums = _gradients(x, (grid[0] * B, H, K), wanted)
+    learns: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(d(x), fp32 (1, n) of d(weight) or, of a layer, (2, n) of it and d(bias); (0, n) unless they learn)"""
+    grid, rows, meta = _planned(x, norm, "backward")
+    (B, H, L, K), dx, layer = x.shape, token_major(x), norm == "layer"
+    sums = x.new_empty((1 + layer, grid[0] * B, H, K) if learns else (0, len(weight)), dtype=torch.float32)
+    wanted = (sums[0], sums[1] if layer else None) if learns else (None, None)
+    tensors = *_strided(dout), *_strided(x), dense(weight), cos, sin, dx, *wanted
     sizes = (eps, H, L, 0 if cos is None else len(cos), rows)
-    dispatch.launch(
-        _backward_kernel, grid, *_strided(dout), *_strided(x), dense(weight), cos, sin, dx,
-        *(s if w else None for s, w in zip(sums, wanted, strict=True)), *sizes, **meta,
-    )  # fmt: skip
-    over = (0, 1) if norm == "layer" else 0
-    return dx, *(s.sum(over).flatten() if w else s for s, w in zip(sums, wanted, strict=True))
+    dispatch.launch(_backward_kernel, grid, *tensors, *sizes, **meta)
+    return dx, sums.sum((1, 2) if layer else 1).flatten(1) if learns else sums
 
 
-def _gradients(x: Tensor, shape: tuple[int, ...], wanted: tuple[bool, bool]) -> tuple[Tensor, ...]:
-    """d(x), and of weight and bias what is wanted, in this shape; yet to be filled."""
-    return token_major(x), *(x.new_empty(shape if w else 0, dtype=torch.float32) for w in wanted)
-
-
-def _fake_backward(dout, x, weight, cos, sin, eps, norm, sums_wanted):
-    return _gradients(x, weight.shape, (sums_wanted, sums_wanted and norm == "layer"))
+def _fake_backward(dout, x, weight, cos, sin, eps, norm, learns):
+    n = 1 + (norm == "layer") if learns else 0
+    return token_major(x), weight.new_empty((n, len(weight)), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -284,9 +291,8 @@ def _grads(ctx, dout):
     if weight is None:
         return _rope(dout, None, None, cos, sin, 0.0, "none", -ctx.sign), *(None,) * 7
     learns = any(ctx.needs_input_grad[1:3])
-    dx, dweight, dbias = _rope_backward(dout, x, weight, cos, sin, ctx.eps, ctx.norm, learns)
-    dweight, dbias = (d if d.numel() else None for d in (dweight, dbias))
-    return dx, dweight, dbias, *(None,) * 5
+    dx, sums = _rope_backward(dout, x, weight, cos, sin, ctx.eps, ctx.norm, learns)
+    return dx, *((*sums, None)[:2] if learns else (None, None)), *(None,) * 5
 
 
 _rope = dispatch.operator("rope", _forward, lambda x, *rest: token_major(x), _save, _grads)
@@ -339,13 +345,9 @@ def _check(
     got = tuple(x.shape)
     ok = len(got) == 4 and got[3] % 2 == 0 and got[2] > 0
     require(ok, lambda: f"{name}: want x (B, H, L, K), K even, L of 1 or more, got {got}")
-    for key, p in parameters.items():
-        dispatch.want(name, key, p, shape)
+    dispatch.want(name, shape, x.device, parameters)
     require((cos is None) == (sin is None), lambda: f"{name}: give both cos and sin, or neither")
     if cos is not None:
         table = (*cos.shape[:1], got[3] // 2)
-        for key, t in (("cos", cos), ("sin", sin)):
-            dispatch.want(name, key, t, table)
+        dispatch.want(name, table, x.device, {"cos": cos, "sin": sin})
         require(table[0] <= got[2], lambda: f"{name}: cos and sin {table} turn more tokens than x {got} has")
-    together = all(t is None or t.device == x.device for t in (*parameters.values(), cos, sin))
-    require(together, lambda: f"{name}: its tensors are on several devices")

@@ -53,15 +53,16 @@ def tune_attention(H: int, L: int, K: int, device: str, dry: bool) -> str:
     return f"attention.TILES    {key}: Tiles({', '.join(best)}),"
 
 
-def tune_rows(module, choices: tuple, case: Case, dry: bool) -> Iterator[str]:
-    """For rope.py and adaln.py, on one of the cases."""
+def tune_rows(module, name: str, choices: tuple, case: Case, dry: bool) -> Iterator[str]:
+    """For rope.py and adaln.py, on one of the cases, which they know by name."""
     ours = case.providers["sdv"]
-    for step in ("forward", "backward"):
+    for step in ("forward",) if name == "none" else ("forward", "backward"):  # a turn back is a turn
         call = partial(ours, *case.inputs) if step == "forward" else gradients(ours, case.inputs)[2]
+        key = (module.dispatch.arch(case.inputs[0]), step, name)
         best = fastest(
-            (module.Tile(*t) for t in product(*choices)), partial(module.TILES.__setitem__, step), call, dry
+            (module.Tile(*t) for t in product(*choices)), partial(module.TILES.__setitem__, key), call, dry
         )
-        yield f'{module.__name__}.TILES    "{step}": {best},    by {case.name}'
+        yield f"{module.__name__}.TILES    {key}: {best},    by {case.name}"
 
 
 def tune(dry: bool):
@@ -69,12 +70,13 @@ def tune(dry: bool):
     print("dry run, not timed" if dry else torch.cuda.get_device_name(), f"{datetime.now():%Y-%m-%d}")
     for H, L, K in ((48, 19126, 64), (24, 27280, 128)):
         print(tune_attention(math.ceil(H / divide), L // divide, K, device, dry), flush=True)
-    for module, choices, cases in (
-        (rope, ((2048, 4096), (8, 16), (2, 3, 4), (2, 4, 8)), rope_cases),
-        (adaln, ((8, 16, 32), (1, 2, 3, 4), (1, 2, 4, 8)), adaln_cases),
+    gated = ("adaln", "gated_residual", "gated_residual_adaln")
+    for module, names, choices, cases in (
+        (rope, ("none", "layer", "rms"), ((2048, 4096), (8, 16), (2, 3, 4), (2, 4, 8, 16)), rope_cases),
+        (adaln, gated, ((8, 16, 32), (1, 2, 3, 4), (1, 2, 4, 8, 16)), adaln_cases),
     ):
-        for case in cases(device, divide):
-            print(*tune_rows(module, choices, case, dry), sep="\n", flush=True)
+        for name, case in zip(names, cases(device, divide), strict=True):
+            print(*tune_rows(module, name, choices, case, dry), sep="\n", flush=True)
 
 
 def main() -> None:

@@ -28,8 +28,7 @@ from microworld.learner import Learner, run
 from microworld.sizes import FAMILIES, FRAMES, SIZE
 from sdv.data.media import from_uint8, write_image
 from sdv.models import cogvideox_vae, wan_vae
-from sdv.models.causal_conv import CausalConv, conv2d
-from sdv.models.video_vae import VideoVAE
+from sdv.models.causal_conv import CausalConv
 from sdv.run.settings import parse
 from sdv.seeds import generator
 from weights import Backbone, load_backbone, open_backbone, tiny
@@ -54,6 +53,7 @@ STEPS = {"vae": 3000, "dit": 7200}
 BATCH = {"vae": 4, "clips": 8, "pictures": 48}  # of one part
 RATE = {"vae": 1e-3, "dit": 3e-3}  # dit's loss after 180 steps: 0.170 at 1e-3, 0.086 at 3e-3, 0.081 at 8e-3
 BLOCKS = cogvideox_vae.Block, wan_vae.Block
+VAE = cogvideox_vae.CogVideoXVAE | wan_vae.WanVAE
 TOY = Path(__file__).resolve().parent.parent / "weights/toy"
 
 
@@ -112,40 +112,40 @@ def world_frames(out: Path, clips: int, pictures: int) -> tuple[np.ndarray, np.n
     return tuple(np.load(out / f"{name}.npy", mmap_mode="r") for name in shapes)
 
 
-def lone_frames(vae: VideoVAE) -> VideoVAE:
-    """Make a VAE treat its batch as lone frames, with a third of the work: a convolution's newest tap only.
+def causal_convs(vae: VAE) -> list[CausalConv]:
+    return [module for module in vae.modules() if isinstance(module, CausalConv)]
 
-    The other two taps start at zero and stay there: the finished VAE codes every frame of a clip by itself.
+
+def learn_newest_taps(vae: VAE) -> None:
+    """Leave a convolution's other two taps at zero, where prepare puts them, by giving them no gradient.
+
+    The finished VAE codes every frame of a clip by itself. Called when the parameters have their type.
+    After a start of zeros a picture meets the newest tap only.
     """
-
-    def forward(conv: CausalConv, x: Tensor, stream, act=None, residual: Tensor | None = None) -> Tensor:
-        band = x[0] if act is None else act.activate(x, slice(1), 0, x.shape[2])[0]
-        y = conv2d(band, conv.weight[:, :, 2], conv.bias, padding=1)[None]  # (1, B, H, W, O)
-        return y if residual is None else y + residual
-
-    for conv in (module for module in vae.modules() if isinstance(module, CausalConv)):
-        conv.forward = forward.__get__(conv)
-    return vae
+    for conv in causal_convs(vae):
+        if not conv.zero_start:
+            conv.weight.register_hook(lambda grad: F.pad(grad[:, :, 2:], (0, 0, 0, 0, 2, 0)))
 
 
 @torch.no_grad()
-def prepare(vae: VideoVAE) -> VideoVAE:
+def prepare(vae: VAE) -> VAE:
     """A start that learns fast: filters of one frame, residual branches at zero, little noise on latents."""
-    for conv in (module for module in vae.modules() if isinstance(module, CausalConv)):
+    for conv in causal_convs(vae):
         conv.weight *= 3**0.5  # a third of the inputs is left
         conv.weight[:, :, :2] = 0
     for block in (module for module in vae.modules() if isinstance(module, BLOCKS)):
         nn.init.zeros_(block.conv2.weight)
     last = vae.encoder.posterior if isinstance(vae, wan_vae.WanVAE) else vae.encoder.conv_out
-    last.bias[vae.latent_channels :] = -6.0
+    last.bias[vae.cfg.latent_channels :] = -6.0
     return vae
 
 
 def train_vae(cfg: Config) -> None:
     out = Path(cfg.out)
     clips, pictures = world_frames(out, CLIPS, PICTURES)
-    vae = lone_frames(load_part("vae", cfg))
+    vae = load_part("vae", cfg)
     learner = learner_of(vae, "vae", cfg)
+    learn_newest_taps(vae)
     held = [world.render(world.scene(i, 1, "heldout"), SIZE)[0] for i in range(48)]
     held = from_uint8(torch.from_numpy(np.stack(held))).movedim(-1, 1)[:, :, None].bfloat16()
 
@@ -194,7 +194,7 @@ def show(path: Path, clips: Tensor, scale: int = 3) -> None:
 @torch.no_grad()
 def make_latents(cfg: Config) -> None:
     out, config = Path(cfg.out), home(cfg) / "vae/config.json"
-    vae = lone_frames(load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae)
+    vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
 
     def encode(frames: np.ndarray) -> Tensor:
         """(N, T, H, W, 3) uint8 -> unscaled latents (N, C, T, h, w)."""
@@ -209,7 +209,7 @@ def make_latents(cfg: Config) -> None:
         if name == "clips":
             content = json.loads(config.read_text()) | scale(latents, cfg)
             config.write_text(json.dumps(content, indent=2) + "\n")
-            vae = lone_frames(load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae)
+            vae = load_backbone(home(cfg), dtype=torch.bfloat16, parts=("vae",)).vae
         torch.save(vae.scaled(latents), out / f"{name}.latents.pt")
 
 

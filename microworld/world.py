@@ -37,6 +37,7 @@ from microworld.sprites import (
     subject,
 )
 from sdv.data.media import from_uint8, write_image, write_video
+from sdv.run.settings import run
 
 MOTIONS = {  # the first phrase is the one used for evaluation
     "left": ("moves to the left", "goes left"),
@@ -359,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,10 @@
 """What several test files share: one measure of error, tiny models, the scripts' command lines."""
 
 import json
+import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from sdv.diagnostics import probe
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.text import Tokenizer
+from sdv.run.settings import run as run_command
 from weights.tensors import load_into, read_json
 from weights.vocabulary import read_pieces
 
@@ -99,6 +103,17 @@ def random_inputs(batch=2, frames=3, height=8, width=12, seed=1):
 # The scripts
 
 
+def status(main: Callable[[list[str]], int], *words) -> int:
+    """Exit status of a command. What it would say of an error is on stderr."""
+    try:
+        run_command(lambda: main([str(word) for word in words]))
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
 def argv(options: dict) -> list[str]:
     return [str(word) for flag, value in options.items() for word in (flag, value) if word != ""]
 
@@ -132,6 +147,24 @@ def assert_close(a, b, step):
     for half in ("lora_A", "lora_B"):
         mine, its = (torch.cat([t.flatten() for n, t in x.items() if half in n]) for x in (ours, theirs))
         assert (mine - its).norm() <= 1e-6 * its.norm()
+
+
+# Disks
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: a write fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # Pictures

@@ -1,13 +1,18 @@
 """The cache of latents and text states: the same training bit for bit, nothing stale or torn ever used."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
 import weights
-from helpers import MEDIA, RUN, assert_same, losses, run
+from helpers import MEDIA, ROOT, RUN, assert_same, full_disk, losses, run
+from sdv.data import files
 from sdv.data.cache import Cache, Cached, Networks
 from sdv.data.rows import Clips, Pairs
 
@@ -119,6 +124,87 @@ def test_what_has_changed_is_encoded_again(media):
     assert {call[3:] for call in sizes} == {(64, 64)}
 
 
+@pytest.mark.parametrize("how", ["written", "moved"])
+def test_another_file_of_the_same_size_and_time_is_noticed(media, monkeypatch, how):
+    monkeypatch.setattr(files, "RECENT", 0)
+    path = sources(media)[0].rows[0].files[0]
+    data, stat = path.read_bytes(), path.stat()
+    new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    place = path if how == "written" else path.with_suffix(".new")
+    place.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(place, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(place, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    calls = []
+    new_cache(media).fill(sources(media), ["a"], count_calls(calls))
+    assert calls == [(1, 3, 1, *SIDES)]
+
+
+def test_files_are_hashed_once_unless_they_are_very_new(media, monkeypatch):
+    hashed, content_hash = [], files.content_hash
+    monkeypatch.setattr(files, "content_hash", lambda path: hashed.append(path) or content_hash(path))
+    new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    first = len(hashed)
+    new_cache(media).fill(sources(media), ["a"], None)  # they could have changed within a tick of the clock
+    assert len(hashed) == 2 * first
+    monkeypatch.setattr(files, "RECENT", 0)
+    new_cache(media).fill(sources(media), ["a"], None)
+    before = (media / "cache" / "hashes.json").stat().st_mtime_ns
+    del hashed[:]
+    new_cache(media).fill(sources(media), ["a"], None)
+    assert hashed == []
+    assert (media / "cache" / "hashes.json").stat().st_mtime_ns == before
+
+
+READ_ONLY = """
+import sys; sys.path[:0] = [sys.argv[2], sys.argv[3]]
+from pathlib import Path
+from test_cache import Cached, count_calls, new_cache, sources
+media = Path(sys.argv[1]); cache = new_cache(media)
+print(cache.fill(sources(media), ["a"], None)); print(Cached(sources(media)[0], cache)[0]["ref"].shape)
+try: cache.fill(sources(media), ["a", "b"], count_calls([]))
+except OSError as error: print(error)
+"""
+
+
+def test_a_complete_cache_may_be_read_only(media):
+    new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    cache, words = media / "cache", [sys.executable, "-c", READ_ONLY, media, ROOT, ROOT / "tests"]
+    if os.getuid() == 0:  # permissions do not stop root
+        bind = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+        words = ["unshare", "-m", "bash", "-c", bind, cache, *words]
+        if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+            pytest.skip("no mounts here")
+    else:
+        cache.chmod(0o555)
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    cache.chmod(0o755)
+    said, shape, error = done.stdout.splitlines()
+    assert "cache: new are 0 of" in said and "and 0 of 1 prompts; hashes are not remembered: " in said
+    assert shape == "torch.Size([4, 2, 3])"
+    assert f"{cache}: cannot be written, but 0 of" in error and "1 of 2 prompts are missing" in error
+
+
+def test_a_full_disk_costs_nothing_but_time(media):
+    with (
+        full_disk(2000),
+        pytest.raises(OSError, match=r"\.safetensors: could not be written .*free some space"),
+    ):
+        new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    assert not [path for path in (media / "cache").iterdir() if path.suffix != ".json"]
+    new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    new_cache(media).fill(sources(media), ["a"], None)
+
+
+def test_a_file_that_changes_while_one_trains_is_told(media):
+    cache = new_cache(media)
+    cache.fill(sources(media), ["a"], count_calls([]))
+    pairs = sources(media)[0]
+    Path(pairs.rows[0].files[0]).write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:1 .*have changed since the cache was filled"):
+        Cached(pairs, cache)[0]
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.0])
 def test_a_torn_shard_is_made_again(media, keep):
     cache = new_cache(media)
@@ -173,3 +259,12 @@ def test_views_that_change_are_refused(monkeypatch, tiny, tmp_path, change):
     with pytest.raises(ValueError, match="--cache keeps one view"):
         run(monkeypatch, train, options)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_text_state_knows_how_its_prompt_was_cleaned(media):
+    network = media / "text.safetensors"
+    network.write_bytes(b"one")
+    names = {
+        Cache(media / "c", [network], [network], "float32", 0, way).text_name("a") for way in ("", "ftfy")
+    }
+    assert len(names) == 2

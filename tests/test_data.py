@@ -1,6 +1,9 @@
 """Rows, seeded batches and the check of a folder, on the media of this repository and broken copies."""
 
+import base64
+import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import status
 from sdv.data import media
 from sdv.data.__main__ import main
 from sdv.data.loader import batches, locate
@@ -280,8 +284,7 @@ def test_clips_too_short_are_refused_with_both_durations():
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    return code, *capsys.readouterr()
+    return status(main, *words), *capsys.readouterr()
 
 
 def test_check_passes_the_vendored_media(capsys):
@@ -341,3 +344,21 @@ def test_vendored_media_are_small_and_attributed():
     for path in files:
         if path.suffix in (".jpg", ".mp4"):
             assert f"`{path.relative_to(MEDIA)}`" in text
+
+
+@pytest.mark.parametrize(("kind", "pictures"), [("pairs", 8), ("clips", 24)])
+def test_the_contact_sheet_shows_crops_frames_and_captions(tmp_path, kind, pictures, capsys):
+    size = ["--height", "32", "--width", "48", "--frames", "9", "--fps", "8"]
+    assert main(["check", str(MEDIA / kind), *size, "--sheet", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    data = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    shapes = {media.read_image(_file(tmp_path, base64.b64decode(one))).shape for one in data}
+    assert len(data) == pictures and shapes == {(3, 32, 48)}
+    assert all(
+        json.loads(line)["prompt"] in html.unescape(page) for line in (MEDIA / kind / "metadata.jsonl").open()
+    )
+
+
+def _file(folder: Path, content: bytes) -> Path:
+    (folder / "one.png").write_bytes(content)
+    return folder / "one.png"

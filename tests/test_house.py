@@ -65,7 +65,7 @@ def room(module: str) -> str:
 def test_imports_run_downward():
     floor = {one: number for number, rooms in enumerate(FLOORS) for one in rooms}
     for module, others in imports().items():
-        for other in others:
+        for other in others if not module.endswith("__main__") else ():  # a command may know everything
             here, there = room(module), room(other)
             assert floor[there] <= floor[here], f"{module} imports {other}, which lies above it"
             assert (here, there) not in APART, f"{module} imports {other}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import MEDIA, status, tree
 from sdv.data import importers, media
 from sdv.data.__main__ import main
 from sdv.data.rows import Clips, Pairs
@@ -20,7 +21,6 @@ from sdv.data.rows import Clips, Pairs
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-MEDIA = Path(__file__).parent / "media"
 PADDING = torch.tensor([250, 0, 250], dtype=torch.uint8).reshape(3, 1, 1)
 FULL = dict.fromkeys(importers.SCORES, 5)
 TEXTS = ("item", "description_0", "description_1", "category")
@@ -35,11 +35,7 @@ SCHEMA = pa.schema(
 
 
 def run(*argv, workers: int = 0) -> int:
-    return main(["import", *map(str, argv), "--workers", str(workers)])
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return status(main, "import", *argv, "--workers", workers)
 
 
 def metadata(folder: Path) -> list[dict]:

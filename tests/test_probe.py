@@ -17,6 +17,7 @@ from sdv.diagnostics import gradients, probe
 from sdv.lora import lora_parameters
 from sdv.run import report as diagnostics_report
 from sdv.run.parallel import average
+from sdv.run.settings import run as run_command
 from sdv.surgery import Surgery
 
 MEDIA = Path(__file__).parent / "media"
@@ -205,4 +206,4 @@ def test_the_report_of_runs_side_by_side_live_or_with_gaps(tmp_path, monkeypatch
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "empty")])
     with pytest.raises(SystemExit, match="no probes; train with --val-pairs"):
-        diagnostics_report.main()
+        run_command(diagnostics_report.main)

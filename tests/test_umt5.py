@@ -124,6 +124,12 @@ def test_a_broken_or_foreign_tokenizer_json_is_refused(spiece, tmp_path):
         ("{", "damaged"),
         (json.dumps({k: v for k, v in content.items() if k != "model"}), "damaged.*model"),
         (json.dumps(content | {"model": content["model"] | {"type": "BPE"}}), "Unigram"),
+        ("[" * 100_000, "damaged"),
+        (json.dumps(content | {"normalizer": None}), "damaged"),
+        (json.dumps(content | {"added_tokens": 3}), "damaged"),
+        (json.dumps(content | {"model": content["model"] | {"vocab": [["a", "x"]]}}), "damaged"),
+        (json.dumps(content | {"model": content["model"] | {"vocab": [[1, 2]]}}), "damaged"),
+        (json.dumps(content | {"model": content["model"] | {"vocab": None}}), "damaged"),
     ):
         file.write_text(damage)
         with pytest.raises(ValueError, match=match):

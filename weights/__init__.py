@@ -5,7 +5,15 @@ load_adapter(backbone.dit, "adapter.safetensors")                    # says what
 """
 
 from weights.adapters import load_adapter, save_adapter
-from weights.backbone import PARTS, Backbone, load_backbone, open_backbone, save_backbone, sources
+from weights.backbone import (
+    PARTS,
+    Backbone,
+    load_backbone,
+    open_backbone,
+    save_backbone,
+    sources,
+    token_counter,
+)
 from weights.layout import Layout
 
 __all__ = [
@@ -18,4 +26,5 @@ __all__ = [
     "save_adapter",
     "save_backbone",
     "sources",
+    "token_counter",
 ]

@@ -67,6 +67,13 @@ def load_backbone(
     return backbone
 
 
+def token_counter(layout: Layout) -> tuple[Callable[[str], int], int]:
+    """(tokens of a prompt, how many of them the model reads), without its weights."""
+    with torch.device("meta"):
+        text = layout.parts["text"].build()
+    return text.length, text.tokenizer.max_length
+
+
 def sources(layout: Layout, parts: Sequence[str] = PARTS) -> list[Path]:
     """The files that parts of a checkpoint are made of: all configs, vocabulary, and their own weights."""
     found = [layout.path / file for file in layout.files]

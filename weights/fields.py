@@ -101,7 +101,7 @@ class Row(NamedTuple):
 Fields = dict[str, Row]
 
 # What several tables say of their fields.
-LAYERS = Whole(1, 256)
+LAYERS = Whole(1, 128)
 HEADS = Whole(1, 1024)
 WIDTH = Whole(1, 2**17)
 EPS = Real(1e-12, 0.1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
+from sdv.run.settings import run
 from weights import open_backbone
 from weights.tensors import save_module
 
@@ -196,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

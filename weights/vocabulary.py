@@ -42,14 +42,21 @@ def read_pieces(path: str | Path, unk: int = UNK) -> SentencePieceProcessor:
 def sentencepiece_model(path: Path) -> bytes:
     """The serialised model. ValueError for a tokenizer.json that no unigram model without rules gives."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model, normalizer, added = content["model"], content["normalizer"], content["added_tokens"]
-        vocabulary, unknown = model["vocab"], model["unk_id"]
-    except (ValueError, KeyError, TypeError) as error:
+        supported, serialised = _serialised(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(f"{path}: damaged, or not a tokenizer.json ({error!r}). Get it again.") from error
+    if not supported:
+        raise ValueError(f"{path}: supported is UMT5's kind, Unigram without normalization rules")
+    return serialised
+
+
+def _serialised(content: dict) -> tuple[bool, bytes]:
+    """Whether it is of the supported kind, and the model."""
+    model, normalizer, added = content["model"], content["normalizer"], content["added_tokens"]
+    vocabulary, unknown = model["vocab"], model["unk_id"]
     rules = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
     if model["type"] != "Unigram" or model.get("byte_fallback") or rules != [SPACES]:
-        raise ValueError(f"{path}: supported is UMT5's kind, Unigram without normalization rules")
+        return False, b""
     extra = {token["id"] for token in added if token["content"].startswith("<extra_id_")}
     special = {token["id"] for token in added}
     pieces = []
@@ -59,7 +66,7 @@ def sentencepiece_model(path: Path) -> bytes:
             pieces.append(_piece(piece or f"<empty_{i}>", score, kind))  # two of UMT5 are lost in JSON
     trainer = _varint(3, 1)  # model_type: unigram
     rules = _bytes(1, b"identity") + _varint(3, 1) + _varint(4, 1) + _varint(5, 1)  # SentencePiece's spaces
-    return b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, rules)
+    return True, b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, rules)
 
 
 def _piece(piece: str, score: float, kind: int) -> bytes:

@@ -265,13 +265,10 @@ def vae_config(json: dict) -> WanVAEConfig:
         raise ValueError(
             f"dim_mult has {len(multipliers)} numbers; supported: temperal_downsample's {len(halve)} + 1"
         )
-    # A shortcut averages the channels of a cell in groups, one for each channel of the next level.
-    cells = [4 * (1 + half) for half in halve] + [1]
-    for before, after, cell in zip((1, *multipliers), multipliers, cells, strict=False):
+    # A shortcut averages the channels of 2 x 2 pixels, of one at the last level, in whole groups.
+    for before, after, cell in zip((1, *multipliers), multipliers, [4] * len(halve) + [1], strict=False):
         if before * cell % after:
-            raise ValueError(
-                f"dim_mult = {list(multipliers)}; supported: {after} divides {cell} times {before}"
-            )
+            raise ValueError(f"dim_mult = {list(multipliers)}; {after} does not divide {cell} times {before}")
     return WanVAEConfig(**found | {"decoder_width": found["decoder_width"] or found["encoder_width"]})
 
 

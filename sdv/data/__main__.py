@@ -1,19 +1,27 @@
 """Look at a folder of pairs or clips, or make one of a public data set.
 
-python -m sdv.data check DIR    decodes every file once and says what is wrong with which row
+python -m sdv.data check DIR    decodes every file once and says what is wrong with which row; with --backbone
+                                FOLDER, which captions its text encoder cuts; with --sheet PAGE.html, shows
+                                crops, frames and captions on a page
 python -m sdv.data import ...   makes such a folder of a public data set, see sdv.data.importers
 """
 
 import argparse
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import weights
 from sdv.data import importers, media
-from sdv.data.rows import CLIP, PAIR, Row, scan_rows
-from sdv.data.sizes import MODELS, count_tokens
+from sdv.data.captions import say_cut
+from sdv.data.rows import CLIP, ENDINGS, PAIR, Row, left_out, read_lines, scan_rows
+from sdv.data.sheet import write_sheet
+from sdv.data.sizes import MODELS, count_tokens, require_least
+from sdv.run.settings import run
+
+LEAST = {"fps": 0.01, "text": 0, "spatial_ratio": 1, "temporal_ratio": 1, "patch": 1, "workers": 1}
+CLS = "<cls> "  # before the prompt of a pair, unless train.py is told otherwise
 
 
 def check(args: argparse.Namespace) -> int:
@@ -21,10 +29,16 @@ def check(args: argparse.Namespace) -> int:
     for name, value in MODELS[args.model].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name, least in LEAST.items():
+        require_least(name, getattr(args, name), least)
     grid = args.text, args.spatial_ratio, args.temporal_ratio, args.patch
     lengths = {"identity": 1, "motion": args.frames}
     plan = {task: count_tokens(args.height, args.width, n, *grid) for task, n in lengths.items()}
-    fields = _kind(Path(args.folder))
+    fields, tokens_of = _kind(Path(args.folder)), None
+    if args.backbone:
+        length, limit = weights.token_counter(weights.open_backbone(args.backbone))
+        mark = CLS if fields == PAIR else ""
+        tokens_of = (lambda prompt: length(mark + prompt)), limit
     rows, problems = scan_rows(args.folder, fields)
     for problem in problems:
         print(f"BAD  {problem}")
@@ -33,6 +47,15 @@ def check(args: argparse.Namespace) -> int:
         for good, verdict in pool.map(partial(_verdict, args=args), rows):
             print(f"{'ok ' if good else 'BAD'}  {verdict}", flush=True)
             bad += not good
+    if not (Path(args.folder) / "metadata.jsonl").is_file() and (others := left_out(Path(args.folder))):
+        print(f"left out, no {' '.join(sorted(ENDINGS))}: {', '.join(others)}")
+    if tokens_of:
+        said = say_cut(((row.origin, row.prompt) for row in rows), *tokens_of)
+        print(said or f"no caption is cut: all have {tokens_of[1]} tokens or less")
+    if args.sheet:
+        size = args.height, args.width
+        write_sheet(Path(args.sheet), rows, problems, size, args.frames, args.fps, tokens_of)
+        print(f"contact sheet: {args.sheet}")
     total = len(rows) + len(problems)
     print(f"{total} {'pairs' if fields == PAIR else 'clips'}: {total - bad} ok, {bad} bad")
     for task, tokens in plan.items():
@@ -45,7 +68,8 @@ def check(args: argparse.Namespace) -> int:
 def _kind(folder: Path) -> tuple[str, ...]:
     """PAIR if a readable row names a reference, else CLIP."""
     metadata = folder / "metadata.jsonl"
-    return PAIR if metadata.is_file() and b'"reference_file_name"' in metadata.read_bytes() else CLIP
+    named = metadata.is_file() and any(b'"reference_file_name"' in line for line in read_lines(metadata))
+    return PAIR if named else CLIP
 
 
 def _verdict(row: Row, args: argparse.Namespace) -> tuple[bool, str]:
@@ -69,7 +93,7 @@ def _clip_verdict(row: Row, args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: what the command returns, or 1 after one line about bad input."""
+    """What the command returns: its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sdv.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("check", help="decode every file of a folder once, with a verdict a row")
@@ -77,16 +101,14 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--model", choices=MODELS, default="CogVideoX-5b", help="whose sizes to take")
     for name in MODELS[one.get_default("model")]:
         one.add_argument("--" + name.replace("_", "-"), type=float if name == "fps" else int, help="instead")
+    one.add_argument("--backbone", default="", help="checkpoint folder, to tell the captions that it cuts")
+    one.add_argument("--sheet", default="", help="also write a page that shows what the trainer will see")
     one.add_argument("--workers", type=int, default=os.cpu_count(), help="files decoded at once")
     one.set_defaults(run=check)
     importers.add_commands(commands.add_parser("import", help="make a folder of pairs or clips"))
     args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return args.run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

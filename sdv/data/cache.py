@@ -5,9 +5,10 @@ sizes and precision. Whatever changes gives another name, so a stale entry canno
 or not at all; one that is damaged all the same is removed, and its entries are made again.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from os import getpid
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdv.data.files import Hashes, digest, save_safetensors, write_whole
-from sdv.data.media import from_uint8
+from sdv.data.pixels import from_uint8
 from sdv.data.rows import Pairs, Row, Rows
-from sdv.run import parallel
 from sdv.seeds import generator
 
-VERSION = 1  # of the way from a file to an entry: to be raised when that changes
+VERSION = 2  # of the way from a file to an entry: to be raised when that changes
 SHARD_BYTES = 2**28
 AHEAD = 4  # rows decoded while another one is encoded
 
@@ -39,12 +39,13 @@ class Shards:
 
     def refresh(self) -> None:
         """Look for shards that other processes have written."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:  # a file cut short does not fit its header
                     self.where |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # the disk may be read-only
+                    path.unlink()
                 self.damaged += 1
 
     def __contains__(self, name: str) -> bool:
@@ -52,9 +53,9 @@ class Shards:
 
     def __getitem__(self, name: str) -> Tensor:
         path = self.where[name]
-        if (getpid(), path) not in self.open:  # a worker process maps the file by itself
-            self.open[getpid(), path] = safe_open(path, "pt")
-        return self.open[getpid(), path].get_tensor(name)
+        if (os.getpid(), path) not in self.open:  # a worker process maps the file by itself
+            self.open[os.getpid(), path] = safe_open(path, "pt")
+        return self.open[os.getpid(), path].get_tensor(name)
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.waiting[name] = tensor.cpu().contiguous()
@@ -89,18 +90,25 @@ class Cache:
     """The entries of one pair of networks at one precision.
 
     vae, text: the files they are made of. frames: how many frames of a clip are also encoded alone, to be its
-    reference; 0 is all of them, as a random reference frame has it without a cache.
+    reference; 0 is all of them, as a random reference frame has it without a cache. cleaning: what is done to
+    a prompt before it is read, which may depend on what is installed.
     """
 
     def __init__(
-        self, folder: str | Path, vae: Sequence[Path], text: Sequence[Path], dtype: str, frames: int = 0
+        self,
+        folder: str | Path,
+        vae: Sequence[Path],
+        text: Sequence[Path],
+        dtype: str,
+        frames: int = 0,
+        cleaning: str = "",
     ):
         self.shards, self.hashes = Shards(Path(folder)), Hashes(Path(folder) / "hashes.json")
         self.hashes.learn({*vae, *text})
         self.eyes, self.ears = (
             (VERSION, dtype, [self.hashes(file) for file in files]) for files in (vae, text)
         )
-        self.frames = frames
+        self.ears, self.frames = (*self.ears, cleaning), frames
 
     def text_name(self, prompt: str) -> str:
         return digest("text", self.ears, prompt)
@@ -119,11 +127,12 @@ class Cache:
 
     def fill(
         self, sources: Sequence[Rows], prompts: Iterable[str], load: Callable[[], Networks],
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, wait: Callable[[], object] = lambda: None,
     ) -> str:  # fmt: skip
         """Encode this rank's share of what is missing; says what was done. `load` is called only if needed.
 
-        What has been encoded stays when a bad file ends it.
+        What has been encoded stays when a bad file ends it. `wait` returns when all ranks have come to it.
+        OSError if something is missing and the folder cannot be written; else it need not be.
         """
         self.hashes.learn({file for rows in sources for row in rows.rows for file in row.files})
         entries, jobs = set(), []
@@ -139,7 +148,14 @@ class Cache:
         said = f"cache: new are {new} of {len(entries)} latents and {len(new_texts)} of {len(texts)} prompts"
         if self.shards.damaged:
             said += f"; {self.shards.damaged} damaged shards were removed"
-        parallel.wait()  # all ranks cut the same list: nobody writes before everybody has looked
+        if self.hashes.problem:
+            said += f"; hashes are not remembered: {self.hashes.problem}"
+        if (jobs or new_texts) and not os.access(self.shards.folder, os.W_OK):
+            raise PermissionError(
+                f"{self.shards.folder}: cannot be written, but {new} of {len(entries)} latents and "
+                f"{len(new_texts)} of {len(texts)} prompts are missing; give another --cache"
+            )
+        wait()  # all ranks cut the same list: nobody writes before everybody has looked
         if jobs or new_texts:
             networks = load()
             try:
@@ -148,7 +164,7 @@ class Cache:
                 self._encode(jobs[rank::world], networks.video, rank)
             finally:
                 self.shards.flush()
-            parallel.wait()
+            wait()
             self.shards.refresh()
         return said
 
@@ -204,5 +220,7 @@ class Cached(Rows):
 
     def read(self, row: Row, rng: torch.Generator) -> dict:
         names = self.cache.names(self.source, row)
+        if any(name not in self.cache.shards for name in names.values()):
+            raise ValueError("its files have changed since the cache was filled; start again")
         latents = {field: self.cache.shards[name] for field, name in names.items()}
         return {**latents, "prompt": self.prompt(row)}

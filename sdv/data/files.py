@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even that of FAT
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then flush it to disk and give it its name.
+def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
+    """Let `write` fill a temporary file, then flush it to disk (if `durable`) and give it its name.
 
     On a full disk, say, the old file stays, nothing else is left behind, and the OSError names the path.
     """
@@ -25,8 +27,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch has one of its own
         raise unwritable(path, error) from error
@@ -42,6 +45,14 @@ def unwritable(path: Path, error: Exception) -> OSError:
     reason = os.strerror(code) if code else str(error).split("\n")[0]
     fix = "free some space there" if code in FULL else "see to it"
     return OSError(f"{path}: could not be written ({reason}); {fix}, then start again")
+
+
+def parse_json(text: str | bytes) -> object:
+    """json.loads, but what is nested too deeply is a ValueError like all else that cannot be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -67,27 +78,46 @@ def content_hash(path: str | Path) -> str:
 
 
 class Hashes:
-    """SHA-256 of files, remembered in a file of its own as long as their size and time of change stay.
+    """SHA-256 of files, remembered in a file of its own until something says that a file is another one.
 
-    There they have paths relative to it, so that it can be moved with them.
+    A size and a time of change can come with other contents (cp -p, rsync -t, tar). The kernel's own time of
+    the last write cannot, and a file moved into the place has another inode; both cost no more than looking.
+    Files copied to another disk are hashed again, once. There they have paths relative to the memory, so that
+    it can be moved with them.
     """
 
     def __init__(self, memory: Path):
-        self.memory = memory
+        self.memory, self.known, self.fresh, self.problem = memory, {}, set(), ""
         try:
-            self.known = json.loads(memory.read_text())
-        except (FileNotFoundError, ValueError):  # none yet, or damaged: only time is lost
-            self.known = {}
+            known = parse_json(memory.read_bytes())
+        except (OSError, ValueError):  # none yet, or damaged: only time is lost
+            return
+        if isinstance(known, dict):
+            self.known = {key: entry for key, entry in known.items() if isinstance(entry, list)}
 
     def __call__(self, path: Path) -> str:
         stat = path.stat()
-        key, state = os.path.relpath(path, self.memory.parent), [stat.st_size, stat.st_mtime_ns]
-        if self.known.get(key, [])[:2] != state:
+        key = os.path.relpath(path, self.memory.parent)
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if self.known.get(key, [])[:-1] != state:
             self.known[key] = [*state, content_hash(path)]
-        return self.known[key][2]
+            if time.time_ns() - max(state[1:3]) > RECENT:
+                self.fresh.discard(key)
+            else:
+                self.fresh.add(key)
+            self.changed = True
+        return self.known[key][-1]
 
     def learn(self, paths: Iterable[Path]) -> None:
-        """Hash files in parallel, and remember them for the next run."""
+        """Hash files in parallel, and remember what is new. If that cannot be written, `problem` says so."""
+        self.changed = False
         with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
             list(pool.map(self, paths))
-        write_whole(self.memory, lambda path: path.write_text(json.dumps(self.known)))
+        if not self.changed:
+            return
+        # One just written could be written once more within the same tick of the clock.
+        lasting = {key: entry for key, entry in self.known.items() if key not in self.fresh}
+        try:
+            write_whole(self.memory, lambda path: path.write_text(json.dumps(lasting)))
+        except OSError as error:  # only time is lost
+            self.problem = str(error)

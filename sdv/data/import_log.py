@@ -8,7 +8,7 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdv.data.files import write_whole
+from sdv.data.files import parse_json, unwritable, write_whole
 from sdv.seeds import SUBSET, generator
 
 CHUNK = 32  # candidates of one source that a worker gets at once
@@ -137,29 +137,37 @@ class Journal:
         self.file.seek(0)
         for line in self.file:
             try:
-                lines.append(json.loads(line if line.endswith(b"\n") else b""))
+                value = parse_json(line if line.endswith(b"\n") else b"")
             except ValueError:
                 break
+            if not isinstance(value, list if lines else dict):
+                break
+            lines.append(value)
             end += len(line)
         self.file.truncate(end)
         return lines
 
     def _append(self, value: object) -> None:
-        self.file.write(json.dumps(value).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(value).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise unwritable(Path(self.file.name), error) from error
 
     def add(self, outcome: Outcome) -> None:
         if outcome.origin not in self.known:
             self._append(outcome)
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # what could not be written was told, and is written by the next run
+            self.file.close()
 
 
 def _locked(out: Path) -> BinaryIO:
     """The journal of a new folder or of one that an import has begun, held until this process ends."""
     path = out / "import.jsonl"
-    if not path.exists() and out.is_dir() and any(out.iterdir()):
+    others = out.iterdir() if out.is_dir() and not path.exists() else ()
+    if any(not other.name.startswith(".") for other in others):
         raise ValueError(f"{out}: holds files that no import wrote; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+b")  # noqa: SIM115 (the journal closes it)

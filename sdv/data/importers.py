@@ -6,7 +6,7 @@ python -m sdv.data import clips SOURCE OUT --limit 4000      videos with caption
 
 import argparse
 import csv
-import json
+import io
 import os
 import re
 import shutil
@@ -15,15 +15,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 
-from sdv.data.files import digest, write_whole
+from sdv.data.captions import clean_caption, to_utf8
+from sdv.data.files import digest, parse_json, write_whole
 from sdv.data.import_log import Outcome, finish, walk
-from sdv.data.media import check_length, inspect_clip, read_image, write_image
-from sdv.data.rows import CLIP, scan_rows
+from sdv.data.media import check_length, decode_image, encode_png, inspect_clip
+from sdv.data.rows import CLIP, find_file, left_out, scan_rows
+from sdv.data.sizes import require_least
 
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
 CAPTIONS = ("description_0", "description_1")  # of the left and the right view
@@ -108,11 +109,16 @@ def read_composites(
     for source, start, rows in _row_groups(files):
         for place, row in enumerate(rows):
             origin = f"{source[0].name}:{start + place}"
-            captions = [((row["description"] or {}).get(name) or "").strip() for name in CAPTIONS]
-            if reason := _flaw(row, captions, min_quality, directions):
+            texts = [((row["description"] or {}).get(name) or "").strip() for name in CAPTIONS]
+            if reason := _flaw(row, texts, min_quality, directions):
                 dropped.append(Outcome(origin, (), reason))
+                continue
+            try:
+                captions = tuple(text and clean_caption(text, "its description") for text in texts)
+            except ValueError as error:
+                dropped.append(Outcome(origin, (), "unreadable", str(error)))
             else:
-                found.append(Composite(origin, source, place, tuple(captions)))
+                found.append(Composite(origin, source, place, captions))
     return found, dropped
 
 
@@ -162,38 +168,37 @@ def cut_composites(
         pictures = column.take([one.place for one in chunk]).to_pylist()
     except (pa.ArrowException, OSError) as error:
         return [Outcome(one.origin, (), "unreadable", str(error)) for one in chunk]
-    with TemporaryDirectory() as scratch:
-        return [
-            _cut_composite(one, (picture or {}).get("bytes") or b"", out, Path(scratch), margin, directions)
-            for one, picture in zip(chunk, pictures, strict=True)
-        ]
+    return [
+        _cut_composite(one, (picture or {}).get("bytes") or b"", out, margin, directions)
+        for one, picture in zip(chunk, pictures, strict=True)
+    ]
 
 
 def _cut_composite(
     one: Composite,
     data: bytes,
     out: Path,
-    scratch: Path,
     margin: int,
     directions: Sequence[tuple[int, int]],
 ) -> Outcome:
     content = sha256(data).hexdigest()[:32]
     names = [f"views/{content[:2]}/{content}-{side}.png" for side in ("left", "right")]
     if not all((out / name).is_file() for name in names):
-        whole, part = scratch / "composite", scratch / "view.png"
-        whole.write_bytes(data)
         try:
-            views = split(read_image(whole), margin)
+            views = split(decode_image(data, one.origin), margin)
         except ValueError as error:
-            return Outcome(one.origin, (), "unreadable", str(error).removeprefix(f"{whole}: "))
+            return Outcome(one.origin, (), "unreadable", str(error).removeprefix(f"{one.origin}: "))
         for name, view in zip(names, views, strict=True):
-            write_image(part, view)
-            write_whole(out / name, partial(shutil.move, part))
+            write_whole(out / name, partial(_write_bytes, encode_png(view)))
     rows = [
         {"reference_file_name": names[ref], "target_file_name": names[target], "prompt": one.captions[target]}
         for ref, target in directions
     ]
     return Outcome(one.origin, rows, content=content)
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
 
 
 def split(composite: torch.Tensor, margin: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,11 +244,13 @@ def list_videos(
         listed = [(row.origin, row.files[0], row.prompt) for row in rows]
         parts = (problem.partition(": ") for problem in problems)
         dropped = [Outcome(origin, (), "no usable row", detail) for origin, _, detail in parts]
+        if not (source / "metadata.jsonl").is_file() and (others := left_out(source)):
+            print(f"left out, no clips by their endings: {', '.join(others)}")
     else:
         listed, dropped = read_table(source, path_column, caption_column, Path(root or source.parent))
     found, seen = [], {}
     for number, (origin, path, prompt) in enumerate(listed):
-        if (twin := seen.setdefault(path.resolve(), origin)) != origin:
+        if (twin := seen.setdefault(os.path.realpath(path), origin)) != origin:
             dropped.append(Outcome(origin, (), "the same file as another row", twin))
         else:
             found.append(Video(origin, path, prompt, f"{number:06d}{path.suffix.lower()}"))
@@ -264,11 +271,14 @@ def read_table(
     listed, dropped = [], []
     for number, row in lines:
         origin = f"{table.name}:{number}"
-        cells = [row.get(name) for name in (path_column, caption_column)] if row else [None]
-        if all(isinstance(cell, str) and cell.strip() and "\0" not in cell for cell in cells):
-            listed.append((origin, root / cells[0].strip(), cells[1].strip()))
-        else:
-            dropped.append(Outcome(origin, (), "no usable row", "no path or no caption"))
+        path, text = [row.get(name) for name in (path_column, caption_column)] if row else (None, None)
+        try:
+            if not all(isinstance(cell, str) and cell.strip() for cell in (path, text)) or "\0" in path:
+                raise ValueError("no path or no caption")
+            caption = clean_caption(text, caption_column)
+            listed.append((origin, find_file(root, path.strip()) or root / path.strip(), caption))
+        except (ValueError, OSError) as error:  # OSError: the path is too long, say
+            dropped.append(Outcome(origin, (), "no usable row", str(error)[:200]))
     return listed, dropped
 
 
@@ -277,18 +287,18 @@ def _lines(table: Path) -> list[tuple[int, dict | None]]:
     if table.suffix.lower() not in (".csv", ".jsonl") or not table.is_file():
         raise ValueError(f"{table}: no such table; give a folder of videos, a .csv or a .jsonl file")
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            if table.suffix.lower() == ".csv":
-                reader = csv.DictReader(file)
-                return [(reader.line_num, row) for row in reader]
-            return [(number, _object(line)) for number, line in enumerate(file, 1) if line.strip()]
+        text = to_utf8(table.read_bytes()).decode()
+        if table.suffix.lower() == ".csv":
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            return [(reader.line_num, row) for row in reader]
+        return [(number, _object(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: cannot be read ({error}); save it as UTF-8") from error
 
 
 def _object(line: str) -> dict | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
@@ -373,9 +383,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+        if getattr(args, name, None) is not None:
+            require_least(name, getattr(args, name), least)
 
 
 def _chosen(args: argparse.Namespace, *names: str) -> dict:

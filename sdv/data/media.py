@@ -5,8 +5,8 @@ be read raises one ValueError or FileNotFoundError that names it, the reason and
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,11 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+from sdv.data.files import write_whole
+from sdv.data.orientation import bare_png, turn_of_matrix, turn_of_picture
+from sdv.data.pixels import from_uint8, resize, to_uint8
 
 # swscale's quick path truncates: 1 to 1.5 levels of 255 too dark on average. This flag makes it round.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
@@ -23,16 +26,10 @@ CODECS = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "
 REPLACE = "replace the file, re-encode it, or remove its row"
 UNSPECIFIED, BT709 = 2, 1  # AVColorSpace
 HDR = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
-
-
-def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 -> float32 [-1, 1]: x / 127.5 - 1, any shape."""
-    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place: 2.7 times as fast
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float [-1, 1] -> uint8 0..255, clamped and rounded: the inverse of `from_uint8`."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+FRAME_PIXELS = 2**26  # of a clip, twice those of 8K: what says it has more would only fill the memory
+REORDER = 32  # packets that may follow a frame and be shown before it: 16 frames of two fields
+UNTIMED = "frames carry no timestamp; re-encode it to MP4"
+OUT_OF_ORDER = "its timestamps contradict the order of its frames; re-encode each recording to MP4"
 
 
 # Pictures
@@ -43,67 +40,44 @@ def read_image(path: str | Path) -> torch.Tensor:
 
     Grey, palette, 16-bit and CMYK files become 8-bit RGB; colour profiles are not applied.
     """
-    data = _existing(path).read_bytes()
+    return decode_image(_existing(path).read_bytes(), path)
+
+
+def decode_image(data: bytes, path: str | Path) -> torch.Tensor:
+    """`read_image` of the bytes of a file; `path` is what errors call it."""
     codec = next((name for magic, name in CODECS.items() if data.startswith(magic)), None)
     if codec is None:
         raise ValueError(f"{path}: not a JPEG, PNG, WebP or BMP picture; convert it to one of these")
     with _decoding(path, "picture"):
         decoder = av.CodecContext.create(codec, "r")
         decoder.options = {"err_detect": "crccheck+explode"}  # else a torn file comes back half grey
-        frames = decoder.decode(av.Packet(data)) + decoder.decode(None)
+        packet = av.Packet(bare_png(data) if codec == "png" else data)
+        frames = decoder.decode(packet) + decoder.decode(None)
         if not frames:
             raise ValueError(f"{path}: holds no picture; replace the file")
-        return _turn(_rgb(frames[0], path), *_exif_turn(data))
+        return turn_of_picture(data)(_rgb(frames[0], path))
 
 
 def write_image(path: str | Path, image: torch.Tensor) -> None:
     """(3, H, W), uint8 or float in [-1, 1] -> 8-bit RGB PNG."""
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG; give the file the ending .png")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(path), lambda to: to.write_bytes(encode_png(image)), durable=False)
+
+
+def encode_png(image: torch.Tensor) -> bytes:
+    """(3, H, W), uint8 or float in [-1, 1] -> the bytes of an 8-bit RGB PNG."""
     frame = _frame(image if image.dtype == torch.uint8 else to_uint8(image))
     encoder = av.CodecContext.create("png", "w")
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "rgb24"
     encoder.time_base = Fraction(1)
     encoder.options = {"compression_level": "1"}  # a fourth of the time of the default, a photo as small
-    Path(path).write_bytes(b"".join(bytes(packet) for packet in encoder.encode(frame) + encoder.encode(None)))
+    return b"".join(bytes(packet) for packet in encoder.encode(frame) + encoder.encode(None))
 
 
 def fit(images: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
     """uint8 (..., 3, H, W) -> float32 (..., 3, height, width) in [-1, 1]: `resize`, then `from_uint8`."""
     return from_uint8(resize(images, height, width, mode))
-
-
-def resize(
-    images: torch.Tensor,
-    height: int,
-    width: int,
-    mode: str = "crop",
-    zoom: float = 1.0,
-    at: tuple[float, float] = (0.5, 0.5),
-) -> torch.Tensor:
-    """uint8 (..., 3, H, W) -> (..., 3, height, width) of uint8, antialiased bicubic, keeping the aspect.
-
-    "crop": cover the target (`zoom` times over), then cut; `at` says where in what sticks out (0.5: centre).
-    "pad": fit inside the target, centred on a white canvas.
-    """
-    if mode not in ("crop", "pad"):
-        raise ValueError(f"mode {mode!r}: use 'crop' or 'pad'")
-    crop = mode == "crop"
-    bound = max if crop else min
-    h, w = images.shape[-2:]
-    scale = bound(height / h, width / w) * (zoom if crop else 1)
-    size = bound(height, max(1, round(h * scale))), bound(width, max(1, round(w * scale)))
-    lead = images.shape[:-2]
-    if size != (h, w):
-        images = F.interpolate(images.reshape(-1, 3, h, w), size=size, mode="bicubic", antialias=True)
-        images = images.reshape(*lead, *size)
-    top, left = (round(abs(a - b) * part) for a, b, part in zip(size, (height, width), at, strict=True))
-    if crop:
-        return images[..., top : top + height, left : left + width]
-    canvas = images.new_full((*lead, height, width), 255)
-    canvas[..., top : top + size[0], left : left + size[1]] = images
-    return canvas
 
 
 # Clips
@@ -112,10 +86,11 @@ def resize(
 class Timeline(NamedTuple):
     """When each frame is shown, in presentation order, known without decoding one of them."""
 
-    pts: np.ndarray  # (n,) integer stamps of the container
+    pts: np.ndarray  # (n,) integer stamps of the container, each once
     seconds: np.ndarray  # (n,) the same, counted from the first frame
     end: float  # seconds at which the last frame leaves the screen
     keys: list[int]  # stamps of the keyframes
+    doubtful: bool  # some frames have the same stamp, or the clock goes back somewhere
 
 
 class ClipInfo(NamedTuple):
@@ -139,7 +114,7 @@ def read_clip(
     check_length(path, line.end, frames, fps)
     start = window * max(0.0, line.seconds[-1] - span)
     chosen = line.pts[nearest(line.seconds, start + np.arange(frames) / fps)].tolist()
-    shown = _decode(path, chosen, line.keys, height, width)
+    shown = _decode(path, chosen, line, height, width)
     return torch.stack([shown[pts] for pts in chosen], dim=1)
 
 
@@ -165,9 +140,7 @@ def inspect_clip(path: str | Path) -> ClipInfo:
     line = _timeline(path)
     missing, height, width = set(line.pts.tolist()), 0, 0
     with _opened(path) as (container, stream):
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                break
+        for frame in _rising(container.decode(stream), path):
             if not height:
                 height, width = _upright(frame, stream, path).shape[-2:]
             missing.discard(frame.pts)
@@ -186,7 +159,11 @@ def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
         raise ValueError(
             f"{path}: {width}x{height} is odd, and H.264 in yuv420p needs even sizes; crop one pixel"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(path), lambda to: _encode_video(to, clip, fps), durable=False)
+
+
+def _encode_video(path: Path, clip: torch.Tensor, fps: float) -> None:
+    height, width = clip.shape[-2:]
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
@@ -210,50 +187,85 @@ def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     """Read packets only, stopping once every frame shown up to `until` seconds has been met."""
     shown, keys, untimed = [], [], 0
     first = after = math.inf
+    clock, back = -math.inf, False
     with _opened(path) as (container, stream):
-        unit = stream.time_base
+        unit, codec = stream.time_base, stream.codec_context.name
         for packet in container.demux(stream):
             if packet.pts is None:
                 untimed += packet.size > 0  # the last packet is empty: it flushes the decoder
                 continue
             if packet.is_keyframe:
                 keys.append(packet.pts)
-            if packet.is_discard:  # cut away by the container's edit list
+            if packet.is_discard or _is_hidden(packet, codec):  # cut away by an edit list, or never shown
                 continue
             shown.append((packet.pts, packet.duration or 0))
+            if packet.dts is not None:
+                back |= packet.dts < clock
+                clock = packet.dts
             first = min(first, packet.pts)
             if (packet.pts - first) * unit >= until:
                 after = min(after, packet.pts)
             if packet.dts is not None and packet.dts >= after:  # what follows is shown at its dts or later
                 break
     if untimed or not shown:
-        raise ValueError(f"{path}: {untimed or 'all'} frames carry no timestamp; re-encode it to MP4")
-    shown.sort()
-    pts = np.array([stamp for stamp, _ in shown])
+        raise ValueError(f"{path}: {untimed or 'all'} {UNTIMED}")
+    stamps = np.array([stamp for stamp, _ in shown])
+    ahead = np.argsort(stamps, kind="stable") - np.arange(len(stamps))  # of packets that are shown later
+    if ahead.max() > REORDER:  # no decoder can wait so long: here a clock starts again
+        raise ValueError(f"{path}: {OUT_OF_ORDER}")
+    pts = np.unique(stamps)
     seconds = (pts - pts[0]) * float(unit)
-    tail = shown[-1][1] * float(unit) or seconds[-1] / max(1, len(pts) - 1)
-    return Timeline(pts, seconds, float(seconds[-1] + tail), keys)
+    tail = max(shown)[1] * float(unit) or seconds[-1] / max(1, len(pts) - 1)
+    return Timeline(pts, seconds, float(seconds[-1] + tail), keys, back or len(pts) < len(stamps))
+
+
+def _is_hidden(packet: av.Packet, codec: str) -> bool:
+    """Whether a packet is a frame of VP8 that others are predicted from, never shown (RFC 6386, 9.1)."""
+    return codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10
 
 
 def _decode(
-    path: str | Path, stamps: list[int], keys: list[int], height: int, width: int
+    path: str | Path, stamps: list[int], line: Timeline, height: int, width: int
 ) -> dict[int, torch.Tensor]:
-    """The frames with these stamps, resized: from the keyframe before them, or else from the file's start."""
-    key = max((pts for pts in keys if pts <= min(stamps)), default=None)
-    for start in dict.fromkeys((key, None)):
-        missing, shown = set(stamps), {}
+    """The frames with these stamps, resized: from the keyframe before them, or else from the file's start.
+
+    Frames that come as the stamps say are sure. Where one was passed over, some more are decoded: if it comes
+    after all, the stamps are wrong, and so may be those of the frames that were taken.
+    """
+    key = max((pts for pts in line.keys if pts <= min(stamps)), default=None)
+    for start in dict.fromkeys((None if line.doubtful else key, None)):
+        missing, shown, place, doubt, more = set(stamps), {}, None, line.doubtful, 0
         with _opened(path) as (container, stream):
             if start is not None:
-                container.seek(start, stream=stream)
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    break
+                with suppress(av.FFmpegError):  # no index: it is read from its start
+                    container.seek(start, stream=stream)
+            for frame in _rising(container.decode(stream), path):
+                place = int(np.searchsorted(line.pts, frame.pts)) if place is None else place + 1
+                doubt |= place < len(line.pts) and bool(line.pts[place] != frame.pts)
                 if frame.pts in missing:
                     missing.discard(frame.pts)
                     shown[frame.pts] = resize(_upright(frame, stream, path), height, width)
                 if not missing:
-                    return shown
+                    if not doubt or more == REORDER:
+                        break
+                    more += 1
+        if not missing:
+            return shown
     raise ValueError(f"{path}: {len(missing)} frames cannot be decoded; {REPLACE}")
+
+
+def _rising(frames: Iterable[av.VideoFrame], path: str | Path) -> Iterator[av.VideoFrame]:
+    """The frames before the first damaged one. ValueError unless their stamps rise."""
+    last = -math.inf
+    for frame in frames:
+        if frame.is_corrupt:
+            return
+        if frame.pts is None:
+            raise ValueError(f"{path}: some {UNTIMED}")
+        if frame.pts <= last:
+            raise ValueError(f"{path}: {OUT_OF_ORDER}")
+        last = frame.pts
+        yield frame
 
 
 # Orientation and colour
@@ -266,58 +278,7 @@ def _upright(frame: av.VideoFrame, stream: av.VideoStream, path: str | Path) -> 
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError as error:
         raise ValueError(f"{path}: holds frame data unknown to PyAV ({error}); {REPLACE}") from error
-    if matrix is None:
-        return image
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # x' = ax + cy, y' = bx + dy
-    swap = abs(b) > abs(a)
-    return _turn(image, swap, (b if swap else d) < 0, (c if swap else a) < 0)
-
-
-def _turn(image: torch.Tensor, swap: bool, flip_rows: bool, flip_columns: bool) -> torch.Tensor:
-    """Transpose, then mirror: the eight ways a picture can lie."""
-    image = image.transpose(-2, -1) if swap else image
-    return image.flip([dim for dim, flip in ((-2, flip_rows), (-1, flip_columns)) if flip]).contiguous()
-
-
-def _exif_turn(data: bytes) -> tuple[bool, bool, bool]:
-    """(swap, flip_rows, flip_columns) for `_turn`, from a picture's EXIF orientation; else all False."""
-    tiff = _exif(data)
-    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
-    if order is None:
-        return False, False, False
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(tiff[at : at + size], order)
-
-    directory = number(4, 4)
-    entries = range(directory + 2, directory + 2 + 12 * number(directory, 2), 12)
-    value = next((number(at + 8, 2) for at in entries if number(at, 2) == 0x0112), 1)
-    orientation = value if 1 <= value <= 8 else 1
-    quarter = (orientation - 1) % 4
-    return orientation > 4, quarter in (2, 3), quarter in (1, 2)
-
-
-def _exif(data: bytes) -> bytes:
-    """The TIFF block of a JPEG (APP1 segment), PNG (eXIf chunk) or WebP (EXIF chunk) file, or b""."""
-    if data.startswith(b"\xff\xd8"):
-        at = 2
-        while data[at : at + 1] == b"\xff" and data[at + 1] != 0xDA:
-            if data[at + 1] == 0xFF:  # a fill byte
-                at += 1
-                continue
-            size = int.from_bytes(data[at + 2 : at + 4], "big")
-            if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-                return data[at + 10 : at + 2 + size]
-            at += 2 + size
-        return b""
-    png = data.startswith(b"\x89PNG")
-    at = 8 if png else 12
-    while at + 8 <= len(data):  # PNG: size, name, body, checksum; RIFF: name, size, body, pad to even
-        size = int.from_bytes(data[at : at + 4] if png else data[at + 4 : at + 8], "big" if png else "little")
-        if data[at + 4 : at + 8] == b"eXIf" or data[at : at + 4] == b"EXIF":
-            return data[at + 8 : at + 8 + size]
-        at += 12 + size if png else 8 + size + size % 2
-    return b""
+    return image if matrix is None else turn_of_matrix(bytes(matrix))(image)
 
 
 def _rgb(frame: av.VideoFrame, path: str | Path, aspect: float = 1.0) -> torch.Tensor:
@@ -326,15 +287,25 @@ def _rgb(frame: av.VideoFrame, path: str | Path, aspect: float = 1.0) -> torch.T
         raise ValueError(f"{path}: is HDR ({HDR[frame.color_trc]}); tone-map it to BT.709 first")
     if frame.colorspace == UNSPECIFIED and (frame.width >= 1280 or frame.height > 576):
         frame.colorspace = BT709  # the players' convention for untagged high definition; below it BT.601
+    width = round(frame.width * aspect)
+    if not 0 < width * frame.height <= max(FRAME_PIXELS, frame.width * frame.height):
+        raise ValueError(f"{path}: its pixels are {aspect:g} times as wide as high; {REPLACE}")
     clear = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
     kind = "gbrap" if clear else "gbrp"
-    frame = frame.reformat(round(frame.width * aspect), format=kind, interpolation=EXACT, threads=1)
-    g, b, r, *alpha = (_pixels(plane, frame.width) for plane in frame.planes)
+    frame = frame.reformat(width, format=kind, interpolation=EXACT, threads=1)
+    g, b, r, *alpha = (_pixels(plane, width) for plane in frame.planes)
     image = torch.from_numpy(np.stack([r, g, b]))
-    if not alpha:
-        return image
-    cover = torch.from_numpy(alpha[0].copy()).float() / 255
-    return (image * cover + 255 * (1 - cover)).round().to(torch.uint8)
+    for cover in alpha:
+        _lay_on_white(image, torch.from_numpy(cover))
+    return image
+
+
+def _lay_on_white(image: torch.Tensor, alpha: torch.Tensor) -> None:
+    """uint8 (3, H, W) under alpha (H, W), in place; band by band, because floats are four times as large."""
+    rows = max(1, 2**20 // image.shape[-1])
+    for band, part in zip(image.split(rows, -2), alpha.split(rows), strict=True):
+        cover = part.float() / 255
+        band.copy_((band * cover + 255 * (1 - cover)).round_())
 
 
 def _pixels(plane: av.video.plane.VideoPlane, width: int) -> np.ndarray:
@@ -359,14 +330,28 @@ def _decoding(path: str | Path, kind: str) -> Iterator[None]:
     except av.FFmpegError as error:
         reason = f"{path}: cannot be decoded as a {kind} ({error.strerror}); {REPLACE}"
         raise ValueError(reason) from error
+    except (MemoryError, UnicodeError, IndexError) as error:  # IndexError: PyAV's own, of a lost stream
+        reason = f"{path}: cannot be read as a {kind} ({error or 'too large for the memory'}); {REPLACE}"
+        raise ValueError(reason) from error
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The file and its video stream, decoding on as many threads as torch uses here: one in a worker."""
-    with _decoding(path, "video"), av.open(f"file:{_existing(path)}") as container:
+    with (
+        _decoding(path, "video"),
+        # Tags may be in any encoding; nothing here reads them.
+        av.open(f"file:{_existing(path)}", metadata_errors="replace") as container,
+    ):
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError(f"{path}: holds no video stream; {REPLACE}")
-        stream.thread_type, stream.codec_context.thread_count = "AUTO", torch.get_num_threads()
+        coder = stream.codec_context
+        if coder is None:
+            raise ValueError(f"{path}: FFmpeg has no decoder for it; re-encode it, H.264 in MP4 for example")
+        if coder.width * coder.height > FRAME_PIXELS:
+            size = f"{coder.width}x{coder.height}"
+            raise ValueError(f"{path}: frames of {size} are more than {FRAME_PIXELS:,} pixels; scale it down")
+        coder.options = {"max_pixels": str(FRAME_PIXELS)}  # the size may change on the way
+        stream.thread_type, coder.thread_count = "AUTO", torch.get_num_threads()
         yield container, stream

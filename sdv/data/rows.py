@@ -1,10 +1,10 @@
 """Folders of pairs and clips -> checked rows, and the pixels and prompts in them.
 
 A pairs folder holds metadata.jsonl with rows {"reference_file_name", "target_file_name", "prompt"}; a clips
-folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt.
+folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt. Hidden files are nobody's.
 """
 
-import json
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,11 +15,16 @@ import torch
 from torch.utils.data import Dataset
 
 from sdv.data import media
+from sdv.data.captions import clean_caption, to_utf8
+from sdv.data.files import parse_json
+from sdv.data.pixels import from_uint8, resize
 from sdv.seeds import generator
 
 PAIR = ("reference_file_name", "target_file_name")
 CLIP = ("file_name",)
-ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # what clip.txt may stand beside
+# What clip.txt may stand beside.
+ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".3gp", ".mpg", ".mpeg"}
+ENDINGS |= {".ts", ".mts", ".m2ts"}
 
 
 class Row(NamedTuple):
@@ -45,11 +50,10 @@ def scan_rows(folder: str | Path, fields: tuple[str, ...]) -> tuple[list[Row], l
     wanted = f"{', '.join(fields)} and prompt"
     metadata = folder / "metadata.jsonl"
     if metadata.is_file():
-        lines = enumerate(metadata.read_bytes().split(b"\n"), 1)
+        lines = enumerate(read_lines(metadata), 1)
         readers = [partial(_row_of_line, folder, *line, fields) for line in lines if line[1].strip()]
     elif fields == CLIP:
-        videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
-        readers = [partial(_row_of_caption, path) for path in videos]
+        readers = [partial(_row_of_caption, path) for path in _visible(folder) if _is_clip(path)]
     else:
         raise FileNotFoundError(f"{folder}: no metadata.jsonl; write it, one object with {wanted} a line")
     if not readers:
@@ -58,15 +62,49 @@ def scan_rows(folder: str | Path, fields: tuple[str, ...]) -> tuple[list[Row], l
     for read in readers:
         try:
             rows.append(read())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(str(error))
     return rows, problems
+
+
+def left_out(folder: Path) -> list[str]:
+    """Names in a folder of clips and captions that are neither a clip, by their ending, nor its caption."""
+    others = [path for path in _visible(folder) if not _is_clip(path)]
+    captions = {find_file(folder, f"{path.stem}.txt") for path in _visible(folder) if _is_clip(path)}
+    return [path.name for path in others if path not in captions]
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Lines of a text file in UTF-8, or in UTF-16 with its mark."""
+    try:
+        return to_utf8(path.read_bytes()).split(b"\n")
+    except UnicodeError as error:
+        raise ValueError(f"{path}: broken text ({error}); save it as UTF-8") from error
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file of this name, or of one with the same letters: accents may be composed (NFC) or not (NFD)."""
+    if (folder / name).is_file():
+        return folder / name
+    path = folder
+    for part in Path(name).parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        path = next((path / form for form in forms if (path / form).exists()), path / part)
+    return path if path.is_file() else None
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _is_clip(path: Path) -> bool:
+    return path.suffix.lower() in ENDINGS
 
 
 def _row_of_line(folder: Path, number: int, line: bytes, fields: tuple[str, ...]) -> Row:
     origin = f"metadata.jsonl:{number}"
     try:
-        row = json.loads(line)
+        row = parse_json(line.decode())
     except ValueError as error:
         raise ValueError(f"{origin}: broken JSON ({error}); write one object a line, in UTF-8") from error
     if not isinstance(row, dict):
@@ -79,26 +117,32 @@ def _row_of_line(folder: Path, number: int, line: bytes, fields: tuple[str, ...]
             found = "missing" if field not in row else f"{value!r:.40}"
             raise ValueError(f"{origin}: {field} is {found}; write a text there")
     files = tuple(_inside(folder, origin, field, row[field]) for field in fields)
-    return Row(f"{origin} {row[fields[0]]}", files, row["prompt"].strip())
+    origin = f"{origin} {row[fields[0]]}"
+    return Row(origin, files, clean_caption(row["prompt"], f"{origin}: prompt"))
 
 
 def _inside(folder: Path, origin: str, field: str, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{origin}: {field} {name} leaves the folder; use a path inside {folder}")
-    if not (folder / name).is_file():
-        raise ValueError(f"{origin}: {field} {name} is not in {folder}; fix the name or remove the row")
-    return folder / name
+    try:
+        path, reason = find_file(folder, name), f"is not in {folder}"
+    except OSError as error:  # the name is too long, say
+        path, reason = None, f"cannot be looked for ({error.strerror})"
+    if path is None:
+        raise ValueError(f"{origin}: {field} {name:.100} {reason}; fix the name or remove the row")
+    return path
 
 
 def _row_of_caption(path: Path) -> Row:
-    text = path.with_suffix(".txt")
+    name = f"{path.stem}.txt"
     try:
-        prompt = text.read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: no prompt; write one in {text.name}, in UTF-8") from error
-    if not prompt:
-        raise ValueError(f"{text.name}: is empty; write the prompt of {path.name} there")
-    return Row(path.name, (path,), prompt)
+        text = find_file(path.parent, name)
+        prompt = to_utf8(text.read_bytes()).decode() if text else None
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path.name}: cannot read {name} ({error}); save it as UTF-8") from error
+    if prompt is None:
+        raise ValueError(f"{path.name}: no prompt; write one in {name}, in UTF-8")
+    return Row(path.name, (path,), clean_caption(prompt, f"{path.name}: {name}"))
 
 
 # Data sets
@@ -169,9 +213,9 @@ class Pairs(Rows):
     def _view(self, path: Path, rng: torch.Generator) -> torch.Tensor:
         image = media.read_image(path)
         if not self.jitter:
-            return media.resize(image, *self.size)
+            return resize(image, *self.size)
         zoom, down, right = torch.rand(3, generator=rng).tolist()
-        return media.resize(image, *self.size, zoom=1 + self.jitter * zoom, at=(down, right))
+        return resize(image, *self.size, zoom=1 + self.jitter * zoom, at=(down, right))
 
 
 class Clips(Rows):
@@ -196,6 +240,6 @@ def to_float(item: dict) -> dict:
 
     def convert(value: object) -> object:
         pixels = isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-        return media.from_uint8(value) if pixels else value
+        return from_uint8(value) if pixels else value
 
     return {name: convert(value) for name, value in item.items()}

@@ -1,6 +1,7 @@
 """Sizes that a backbone can take, and the tokens that they become."""
 
 import dataclasses
+import math
 from typing import NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +24,12 @@ class Tokens(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+
+def require_least(name: str, value: float, least: float) -> None:
+    """ValueError unless a setting is a number of at least so much."""
+    if not least <= value < math.inf:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: use {least:g} or more")
 
 
 def check_size(

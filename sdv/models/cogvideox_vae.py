@@ -2,22 +2,24 @@
 
 Inside, activations are time first and channels last, (T, B, H, W, C). Norms span the frames of a chunk, so
 the cut into chunks is part of what the network computes. A norm only finds scale and shift; the convolution
-after it applies them to a band of rows at a time (causal_conv.py).
+after it applies them, to a band of rows at a time where it can (fast_conv.py).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdv.models.causal_conv import CausalConv, Stream, bands, conv2d
-from sdv.models.video_vae import VideoVAE
+from sdv.models.causal_conv import CausalConv, Stream
+from sdv.models.fast_conv import bands
+from sdv.models.video_vae import Downsample, Pointwise, Upsample, cut, draw, in_tiles, latent_frames, tile
 
-ENCODE_FRAMES = 8  # frames that are encoded together, and share the statistics of their norms
-DECODE_FRAMES = 2  # latent frames that are decoded together
+# Frames that are encoded together and share the statistics of their norms, and latent frames that are decoded
+# together. What remains of a clip joins its first chunk.
+ENCODE_FRAMES, DECODE_FRAMES = 8, 2
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,6 @@ class CogVideoXVAEConfig:
         return 2**level < self.temporal_ratio
 
 
-class Pointwise(nn.Conv3d):
-    """1x1x1 convolution of (..., C)."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
 # ----------------------------------------------------------------------------------------------- norms
 class Affine(NamedTuple):
     """What a norm has found: scale and shift in float32, each (T, B, h, w, C), for h x w cells of a frame."""
@@ -68,14 +60,13 @@ class Affine(NamedTuple):
     scale: Tensor
     shift: Tensor
 
-    def activate(self, x: Tensor, frames: slice, low: int, high: int) -> Tensor:
-        """silu(scale * x + shift) for some frames and the rows low..high of x (T, B, H, W, C)."""
+    def activate(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """silu(scale * x + shift), in float32, for those rows of x (T, B, H, W, C)."""
         cells, columns = self.scale.shape[2:4]
-        rows = torch.arange(low, high, device=x.device) // (x.shape[2] // cells)
-        scale, shift = (each[frames, :, rows, :, None] for each in self)  # (T', B, R, w, 1, C)
-        band = x[frames, :, low:high].unflatten(3, (columns, -1))  # (T', B, R, w, W / w, C)
-        band = torch.addcmul(shift, band.to(scale.dtype), scale)
-        return F.silu(band).flatten(3, 4).to(x.dtype)  # (T, B, R, W, C)
+        cell = torch.arange(x.shape[2], device=x.device)[rows] // (x.shape[2] // cells)
+        scale, shift = (each[:, :, cell, :, None] for each in self)  # (T, B, R, w, 1, C)
+        band = x[:, :, rows].unflatten(3, (columns, -1))  # (T, B, R, w, W / w, C)
+        return F.silu(torch.addcmul(shift, band, scale)).flatten(3, 4)  # (T, B, R, W, C)
 
 
 class Moments(torch.autograd.Function):
@@ -92,7 +83,7 @@ class Moments(torch.autograd.Function):
         places, batch, width = x[:, 0, :, :, 0].numel(), *x.shape[1::3]
         mean = per_group(x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32)))
         centre = mean.repeat_interleave(width // groups, 1).view(batch, 1, 1, width)
-        squares = sum((x[:, :, top:bottom] - centre).square().sum((0, 2, 3)) for top, bottom in bands(x))
+        squares = sum((x[:, :, top:bottom] - centre).square_().sum((0, 2, 3)) for top, bottom in bands(x))
         ctx.save_for_backward(x, mean)
         return mean, per_group(squares / places)
 
@@ -141,6 +132,13 @@ class SpatialNorm(nn.Module):
         return Affine((norm.scale[0] * scale)[frames], shift[frames])  # (T, B, h, w, C)
 
 
+def halved(x: Tensor) -> Tensor:
+    """Half the frames (T, B, H, W, C): means of pairs. Of an odd number the first stands alone."""
+    single = len(x) % 2
+    pairs = torch.lerp(x[single::2], x[single + 1 :: 2], 0.5)
+    return torch.cat([x[:single], pairs])
+
+
 def stretched(frames: int, to: int) -> Tensor:
     """For each of `to` frames, which of `frames` it repeats. With an odd number the first stands alone."""
     if to > 1 and to % 2:
@@ -148,72 +146,6 @@ def stretched(frames: int, to: int) -> Tensor:
             [torch.zeros(1, dtype=torch.long), 1 + torch.arange(to - 1) * (frames - 1) // (to - 1)]
         )
     return torch.arange(to) * frames // to
-
-
-# --------------------------------------------------------------------------------------------- resizing
-def each_frame(function: Callable[[Tensor], Tensor], x: Tensor, stream: Stream) -> Tensor:
-    """Apply a function of images (B, H, W, C) to every frame of (T, B, H, W, C)."""
-    if not stream.lean:
-        return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    out = None
-    for t, frame in enumerate(x):
-        y = function(frame)
-        out = y.new_empty(len(x), *y.shape) if out is None else out
-        out[t] = y
-    return out
-
-
-class Downsample(nn.Conv2d):
-    """Halve rows and columns with a strided convolution; average pairs of frames first if time is halved."""
-
-    def __init__(self, channels: int, halve_time: bool):
-        super().__init__(channels, channels, 3, stride=2)
-        self.halve_time = halve_time
-
-    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
-        if self.halve_time and len(x) > 1:
-            single = len(x) % 2
-            pairs = torch.lerp(x[single::2], x[single + 1 :: 2], 0.5)
-            x = torch.cat([x[:single], pairs])  # (T', B, H, W, C)
-        return each_frame(self.shrink, x, stream)  # (T', B, H / 2, W / 2, C)
-
-    def shrink(self, images: Tensor) -> Tensor:
-        images = F.pad(images, (0, 0, 0, 1, 0, 1))
-        return conv2d(images, self.weight, self.bias, stride=2)
-
-
-# A row of the enlarged image sees two rows of the small one: which of the three taps fall on each of them.
-FOLD = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (even or odd row, small row, tap)
-
-
-class Upsample(nn.Conv2d):
-    """Double rows and columns (and frames) by nearest neighbour, then a 3x3 convolution, in one step.
-
-    Each of four outputs of a pixel is a 2x2 convolution of the small image: 16 products instead of 36. Frames
-    are doubled last, since equal frames have equal convolutions.
-    """
-
-    def __init__(self, channels: int, double_time: bool):
-        super().__init__(channels, channels, 3)
-        self.double_time = double_time
-
-    def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Tensor:
-        frames = len(x)
-        x = each_frame(self.enlarge, x, stream)  # (T, B, 2 H, 2 W, C)
-        if self.double_time and frames > 1:
-            x = x[stretched(frames, 2 * frames - frames % 2).to(x.device)]
-        return x  # (T', B, 2 H, 2 W, C)
-
-    def enlarge(self, images: Tensor) -> Tensor:
-        height, width = images.shape[1:3]
-        fold = FOLD.to(self.weight)
-        weights = torch.einsum("pir,qjs,ocrs->pqocij", fold, fold, self.weight)
-        rows = []
-        for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            y = conv2d(images, weights[p, q], self.bias, padding=1)  # (B, H + 1, W + 1, C)
-            rows.append(y[:, p : p + height, q : q + width])
-        y = torch.stack(rows, dim=-2).unflatten(-2, (2, 2))  # (B, H, W, 2, 2, C)
-        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, 2 H, 2 W, C)
 
 
 # --------------------------------------------------------------------------------------------- the network
@@ -228,9 +160,11 @@ class Block(nn.Module):
         self.conv2 = CausalConv(out_channels, out_channels)
         self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
-        h = self.conv1(x, stream, self.norm1(x, z))  # (T, B, H, W, O)
-        return self.conv2(h, stream, self.norm2(h, z), residual=self.shortcut(x))
+    def forward(self, x: Tensor, z: Tensor | None, stream: Stream, overwrite: bool) -> Tensor:
+        """(T, B, H, W, C) -> (T, B, H, W, O). overwrite: x is not needed any more."""
+        h = self.conv1(x, stream, self.norm1(x, z))
+        residual = self.shortcut(x)
+        return self.conv2(h, stream, self.norm2(h, z), residual, overwrite or residual is not x)
 
 
 def make_norm(cfg: CogVideoXVAEConfig, channels: int, spatial: bool) -> Norm | SpatialNorm:
@@ -238,15 +172,11 @@ def make_norm(cfg: CogVideoXVAEConfig, channels: int, spatial: bool) -> Norm | S
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, and the step to the next; called one by one, to free memory."""
+    """Residual blocks at one resolution, and the step to the next: in space, and perhaps in time."""
 
-    def __init__(self, blocks: list[Block], resize: nn.Module | None = None):
+    def __init__(self, blocks: list[Block], resize: nn.Module | None = None, retime: bool = False):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resize = resize
-
-    def layers(self) -> list[nn.Module]:
-        return [*self.blocks, self.resize] if self.resize is not None else list(self.blocks)
+        self.blocks, self.resize, self.retime = nn.ModuleList(blocks), resize, retime
 
 
 def make_blocks(cfg: CogVideoXVAEConfig, before: int, width: int, layers: int, spatial: bool) -> list[Block]:
@@ -261,9 +191,10 @@ class Encoder(nn.Module):
         widths = cfg.widths
         self.conv_in = CausalConv(3, widths[0])
         self.levels = nn.ModuleList()
-        for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            resize = Downsample(width, cfg.halves_time(i)) if i + 1 < len(widths) else None
-            self.levels.append(Level(make_blocks(cfg, before, width, cfg.layers, spatial=False), resize))
+        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+            resize = Downsample(width) if i + 1 < len(widths) else None
+            blocks = make_blocks(cfg, before, width, cfg.layers, spatial=False)
+            self.levels.append(Level(blocks, resize, retime=cfg.halves_time(i)))
         self.middle = Level(make_blocks(cfg, widths[-1], widths[-1], 2, spatial=False))
         self.norm_out = Norm(cfg.groups, widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * cfg.latent_channels)
@@ -271,8 +202,12 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)  # (T, B, H, W, C)
         for level in (*self.levels, self.middle):
-            for layer in level.layers():
-                x = layer(x, None, stream)  # (T', B, h, w, C)
+            for block in level.blocks:
+                x = block(x, None, stream, overwrite=True)
+            if level.retime:
+                x = halved(x)  # (T', B, H, W, C)
+            if level.resize is not None:
+                x = level.resize(x, stream)  # (T', B, H / 2, W / 2, C)
         return self.conv_out(x, stream, self.norm_out(x))
 
 
@@ -285,62 +220,70 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv(cfg.latent_channels, widths[0])
         self.middle = Level(make_blocks(cfg, widths[0], widths[0], 2, spatial=True))
         self.levels = nn.ModuleList()
-        for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            resize = Upsample(width, cfg.halves_time(i)) if i + 1 < len(widths) else None
-            self.levels.append(Level(make_blocks(cfg, before, width, cfg.layers + 1, spatial=True), resize))
+        for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+            resize = Upsample(width) if i + 1 < len(widths) else None
+            blocks = make_blocks(cfg, before, width, cfg.layers + 1, spatial=True)
+            self.levels.append(Level(blocks, resize, retime=cfg.halves_time(i)))
         self.norm_out = make_norm(cfg, widths[-1], spatial=True)
         self.conv_out = CausalConv(widths[-1], 3)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(z, stream)  # (T', B, h, w, C)
         for level in (self.middle, *self.levels):
-            for layer in level.layers():
-                x = layer(x, z, stream)  # (T, B, H, W, C)
+            for block in level.blocks:
+                x = block(x, z, stream, overwrite=True)
+            if level.resize is not None:
+                x = level.resize(x, stream)  # (T', B, 2 H, 2 W, C)
+            if level.retime:  # last, since equal frames have equal convolutions
+                x = x[stretched(len(x), 2 * len(x) - len(x) % 2).to(x.device)]  # (T, B, 2 H, 2 W, C)
         return self.conv_out(x, stream, self.norm_out(x, z))  # (T, B, H, W, 3)
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
-def chunks(frames: int, size: int) -> list[tuple[int, int]]:
-    """Cut frames into runs of `size`; the first run takes the remainder as well."""
-    starts = [0, *range(frames % size + size, frames, size)]
-    return list(zip(starts, [*starts[1:], frames], strict=True))
-
-
-class CogVideoXVAE(VideoVAE):
-    """3-D causal VAE; the cut into chunks belongs to it, because norms span the frames of a chunk."""
+class CogVideoXVAE(nn.Module):
+    """Encodes clips to latents and decodes them, in the tiles of set_tiles if `tiling`."""
 
     def __init__(self, cfg: CogVideoXVAEConfig):
-        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
+        super().__init__()
+        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
+        self.tiling = False
         self.set_tiles(cfg.height // 2, cfg.width // 2)
 
-    def scaled(self, latents: Tensor) -> Tensor:
-        return latents * self.cfg.scaling
+    def set_tiles(
+        self, height: int, width: int, overlap_height: float = 1 / 6, overlap_width: float = 1 / 5
+    ) -> None:
+        """Size of the tiles in pixels, and the parts of them that are blended into the next."""
+        space = self.cfg.spatial_ratio
+        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
+
+    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
+
+        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
+        """
+        return self.scaled(draw(*self.posterior(clip), rng))
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.in_tiles(self.encode_tile, clip, of=self.spatial_ratio, to=1).chunk(2, dim=1)
+        """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
+        space, count, few = self.cfg.spatial_ratio, clip.shape[2], ENCODE_FRAMES
+        frames = latent_frames(clip, self.cfg.temporal_ratio, space)
+        cuts, tiles = cut(count, count % few + few, few), self.tiles if self.tiling else None
+        both = in_tiles(self.encoder, clip, cuts, frames, tiles, of=space, to=1)
+        mean, logvar = both.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the network makes them -> as the transformer sees them."""
+        return latents * self.cfg.scaling
+
     def decode(self, latents: Tensor) -> Tensor:
-        """For odd k the network makes temporal_ratio frames of the first latent; all but the last are cut."""
-        return self.in_tiles(self.decode_tile, latents / self.cfg.scaling, of=1, to=self.spatial_ratio)
+        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W), about [-1, 1].
 
-    def encode_tile(self, clip: Tensor) -> Tensor:
-        (batch, _, frames, height, width), space = clip.shape, self.spatial_ratio
-        frames = (frames - 1) // self.temporal_ratio + 1
-        out = clip.new_empty(batch, 2 * self.latent_channels, frames, height // space, width // space)
-        return self.in_chunks(self.encoder, clip, ENCODE_FRAMES, out)
-
-    def decode_tile(self, z: Tensor) -> Tensor:
-        (batch, _, latents, height, width), space = z.shape, self.spatial_ratio
-        extra = 0 if latents % 2 else self.temporal_ratio - 1
-        frames = (latents - 1) * self.temporal_ratio + 1 + extra
-        out = z.new_empty(batch, 3, frames, height * space, width * space)
-        return self.in_chunks(self.decoder, z, DECODE_FRAMES, out)[:, :, extra:]
-
-    def in_chunks(self, network: nn.Module, x: Tensor, size: int, out: Tensor) -> Tensor:
-        """Send x (B, C, T, H, W) through a network a few frames at a time, into out (B, C', T', H', W')."""
-        done = 0
-        for y in self.chunks_through(network, x, chunks(x.shape[2], size)):
-            out[:, :, done : done + y.shape[2]] = y
-            done += y.shape[2]
-        return out
+        For odd k the network makes temporal_ratio frames of the first latent; all but the last are cut.
+        """
+        count, ratio, few = latents.shape[2], self.cfg.temporal_ratio, DECODE_FRAMES
+        extra = 0 if count % 2 else ratio - 1
+        cuts, tiles = cut(count, count % few + few, few), self.tiles if self.tiling else None
+        frames, z = extra + 1 + ratio * (count - 1), latents / self.cfg.scaling
+        clip = in_tiles(self.decoder, z, cuts, frames, tiles, of=1, to=self.cfg.spatial_ratio)
+        return clip[:, :, extra:]

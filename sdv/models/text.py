@@ -198,6 +198,10 @@ class TextEncoder(nn.Module):
         """Prompts to ids (B, L), on the encoder's device."""
         return self.tokenizer(prompts).to(self.encoder.embed.weight.device)
 
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt with </s>, before it is cut to tokenizer.max_length."""
+        return len(self.tokenizer.encode(prompt)) + 1
+
     def encode(self, ids: Tensor) -> Tensor:
         """Ids (B, L) -> features (B, L, D), with their gradient."""
         return self.encoder(ids)
@@ -228,6 +232,9 @@ class UMT5TextEncoder(TextEncoder):
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return super().tokenize([clean(prompt) for prompt in prompts])
+
+    def length(self, prompt: str) -> int:
+        return super().length(clean(prompt))
 
     def encode(self, ids: Tensor) -> Tensor:
         places = torch.arange(ids.shape[1], device=ids.device)

@@ -8,15 +8,15 @@ Activations are time first and channels last, (T, B, H, W, C), and work in bands
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdv.models.causal_conv import CausalConv, Stream, conv2d
-from sdv.models.cogvideox_vae import Downsample, Pointwise, Upsample, each_frame
-from sdv.models.video_vae import VideoVAE
+from sdv.models.causal_conv import CausalConv, Stream
+from sdv.models.fast_conv import conv2d
+from sdv.models.video_vae import Downsample, Pointwise, Upsample, cut, draw, in_tiles, latent_frames, tile
 
 # Mean and deviation of each channel over the latents of Wan's training videos.
 MEAN = (
@@ -66,21 +66,15 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)
 
-    def activate(self, x: Tensor, *where: slice | int) -> Tensor:
-        """silu of x (T, B, H, W, C), normed, for (some frames and) rows low..high: for a CausalConv."""
-        *frames, low, high = where
-        return F.silu(self(x[frames[0] if frames else slice(None), :, low:high]))
+    def activate(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """silu of those rows of x (T, B, H, W, C), normed."""
+        return F.silu(self(x[:, :, rows]))
 
 
 class ZeroStartConv(CausalConv):
     """A causal convolution with zeros before the first frame of a clip."""
 
-    def forward(
-        self, x: Tensor, stream: Stream, norm: Norm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        if self not in stream.past:
-            stream.past[self] = x.new_zeros(2, *x.shape[1:])
-        return super().forward(x, stream, norm, residual)
+    zero_start = True
 
 
 # -------------------------------------------------------------------------------------------- steps in time
@@ -158,9 +152,11 @@ class Block(nn.Module):
         self.conv2 = ZeroStartConv(out_channels, out_channels)
         self.shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        h = self.conv1(x, stream, self.norm1)  # (T, B, H, W, O)
-        return self.conv2(h, stream, self.norm2, residual=self.shortcut(x))
+    def forward(self, x: Tensor, stream: Stream, overwrite: bool) -> Tensor:
+        """(T, B, H, W, C) -> (T, B, H, W, O). overwrite: x is not needed any more."""
+        h = self.conv1(x, stream, self.norm1)
+        residual = self.shortcut(x)
+        return self.conv2(h, stream, self.norm2, residual, overwrite or residual is not x)
 
 
 class FrameAttention(nn.Module):
@@ -187,50 +183,27 @@ class Middle(nn.Module):
         self.attention = FrameAttention(channels)
         self.block2 = Block(channels, channels)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.block2(self.attention(self.block1(x, stream)), stream)
+    def forward(self, x: Tensor, stream: Stream, overwrite: bool) -> Tensor:
+        x = self.attention(self.block1(x, stream, overwrite))
+        return self.block2(x, stream, overwrite=True)
 
 
-class Down(nn.Module):
-    """Blocks, then half the size and perhaps half the frames, unless it is the last level."""
+class Level(nn.Module):
+    """Blocks at one resolution, and the steps to the next in space and in time, unless it is the last."""
 
-    def __init__(self, widths: tuple[int, int], layers: int, halve_time: bool, last: bool):
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        layers: int,
+        resize: type[nn.Module] | None,
+        time: type[nn.Module] | None,
+    ):
         super().__init__()
         first, self.width = widths
-        self.cell = (1 + halve_time, 1 if last else 2)  # of time, of space
         self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
-        self.resize = None if last else Downsample(self.width, halve_time=False)
-        self.time = HalveTime(self.width) if halve_time else None
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        shortcut = average_down(x, self.width, *self.cell)
-        for block in self.blocks:
-            x = block(x, stream)
-        x = x if self.resize is None else each_frame(self.resize.shrink, x, stream)
-        x = x if self.time is None else self.time(x, stream)
-        return x + shortcut  # (T', B, H', W', O)
-
-
-class Up(nn.Module):
-    """Blocks, then perhaps twice the frames and twice the size, unless it is the last level."""
-
-    def __init__(self, widths: tuple[int, int], layers: int, double_time: bool, last: bool):
-        super().__init__()
-        first, self.width = widths
-        self.cell = (1 + double_time, 2)
-        self.blocks = nn.ModuleList(Block(self.width if i else first, self.width) for i in range(layers))
-        self.time = DoubleTime(self.width) if double_time else None
-        self.resize = None if last else Upsample(self.width, double_time=False)
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        start = x.clone() if self.resize else x  # a lean block overwrites its input
-        alone = self.time is not None and self.time not in stream.past  # the first frame of a clip
-        for block in self.blocks:
-            x = block(x, stream)
-        if self.resize is None:
-            return x
-        x = x if self.time is None else self.time(x, stream)
-        return each_frame(self.resize.enlarge, x, stream) + copy_up(start, self.width, *self.cell, alone)
+        self.resize = resize(self.width) if resize else None
+        self.time = time(self.width) if time else None
+        self.cell = 2 if time else 1, 2 if resize else 1  # of time and of space, that the step shrinks to one
 
 
 class Encoder(nn.Module):
@@ -240,11 +213,10 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [cfg.encoder_width * m for m in (1, *cfg.multipliers)]
         self.conv_in = ZeroStartConv(3 * cfg.patch**2, widths[0])
-        steps = zip(pairwise(widths), (*cfg.halve_time, False), strict=True)
-        last = len(cfg.halve_time)
-        self.levels = nn.ModuleList(
-            Down(pair, cfg.layers, halve, i == last) for i, (pair, halve) in enumerate(steps)
-        )
+        self.levels = nn.ModuleList()
+        for pair, halve in zip_longest(pairwise(widths), cfg.halve_time):  # none after the last level
+            resize = Downsample if halve is not None else None
+            self.levels.append(Level(pair, cfg.layers, resize, HalveTime if halve else None))
         self.middle = Middle(widths[-1])
         self.norm_out = Norm(widths[-1])
         self.conv_out = ZeroStartConv(widths[-1], 2 * cfg.latent_channels)
@@ -253,8 +225,13 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)  # (T, B, H, W, D)
         for level in self.levels:
-            x = level(x, stream)
-        x = self.middle(x, stream)  # (T', B, h, w, D)
+            shortcut = average_down(x, level.width, *level.cell)
+            for block in level.blocks:
+                x = block(x, stream, overwrite=True)
+            x = x if level.resize is None else level.resize(x, stream)
+            x = x if level.time is None else level.time(x, stream)
+            x = x + shortcut  # (T', B, H', W', D')
+        x = self.middle(x, stream, overwrite=True)  # (T', B, h, w, D)
         return self.posterior(self.conv_out(x, stream, self.norm_out))  # (T', B, h, w, 2 C)
 
 
@@ -267,58 +244,76 @@ class Decoder(nn.Module):
         self.latent_in = Pointwise(cfg.latent_channels, cfg.latent_channels)
         self.conv_in = ZeroStartConv(cfg.latent_channels, widths[0])
         self.middle = Middle(widths[0])
-        steps = zip(pairwise(widths), (*cfg.halve_time[::-1], False), strict=True)
-        last = len(cfg.halve_time)
-        self.levels = nn.ModuleList(
-            Up(pair, cfg.layers + 1, double, i == last) for i, (pair, double) in enumerate(steps)
-        )
+        self.levels = nn.ModuleList()
+        for pair, double in zip_longest(pairwise(widths), cfg.halve_time[::-1]):  # none after the last level
+            resize = Upsample if double is not None else None
+            self.levels.append(Level(pair, cfg.layers + 1, resize, DoubleTime if double else None))
         self.norm_out = Norm(widths[-1])
         self.conv_out = ZeroStartConv(widths[-1], 3 * cfg.patch**2)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
-        x = self.middle(self.conv_in(self.latent_in(z), stream), stream)  # (T', B, h, w, D)
+        x = self.conv_in(self.latent_in(z), stream)  # (T', B, h, w, D)
+        x = self.middle(x, stream, overwrite=True)
         for level in self.levels:
-            x = level(x, stream)
+            start = None if level.resize is None else x
+            alone = level.time is not None and level.time not in stream.past  # the first frame of a clip
+            for block in level.blocks:
+                x = block(x, stream, overwrite=x is not start)
+            if start is not None:
+                x = x if level.time is None else level.time(x, stream)
+                x = level.resize(x, stream) + copy_up(start, level.width, *level.cell, alone)
         return self.conv_out(x, stream, self.norm_out)  # (T, B, H, W, 3 patch^2)
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
-class WanVAE(VideoVAE):
-    """Works on patches of pixels, one latent frame at a time; latents have a mean and a deviation each."""
+class WanVAE(nn.Module):
+    """Encodes clips, as patches, to latents and decodes them, in the tiles of set_tiles if `tiling`."""
 
     def __init__(self, cfg: WanVAEConfig):
-        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
-        self.set_tiles(256, 256, 1 / 4, 1 / 4)
+        super().__init__()
+        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
+        self.tiling = False
+        self.set_tiles(256, 256)
 
-    def scaled(self, latents: Tensor) -> Tensor:
-        centre, spread = self.statistics(latents.device)
-        return ((latents - centre) / spread).to(latents.dtype)
+    def set_tiles(
+        self, height: int, width: int, overlap_height: float = 1 / 4, overlap_width: float = 1 / 4
+    ) -> None:
+        """Size of the tiles in pixels, and the parts of them that are blended into the next."""
+        space = self.cfg.spatial_ratio
+        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
+
+    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
+
+        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
+        """
+        return self.scaled(draw(*self.posterior(clip), rng))
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2)
-        both = self.in_tiles(self.encode_tile, cells, of=self.spatial_ratio // self.cfg.patch, to=1)
+        """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
+        ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
+        frames = latent_frames(clip, ratio, space)
+        cells = F.pixel_unshuffle(clip.transpose(1, 2).mT, patch).mT.transpose(1, 2)
+        cuts, tiles = cut(clip.shape[2], 1, ratio), self.tiles if self.tiling else None
+        both = in_tiles(self.encoder, cells, cuts, frames, tiles, of=space // patch, to=1)
         mean, logvar = both.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Clamped to [-1, 1], as the original does."""
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the network makes them -> as the transformer sees them."""
         centre, spread = self.statistics(latents.device)
-        z = (latents * spread + centre).to(latents.dtype)
-        cells = self.in_tiles(self.decode_tile, z, of=1, to=self.spatial_ratio // self.cfg.patch)
-        return F.pixel_shuffle(cells.transpose(1, 2).mT, self.cfg.patch).mT.transpose(1, 2).clamp(-1, 1)
+        return ((latents - centre) / spread).to(latents.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W), cut to [-1, 1]."""
+        ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
+        centre, spread = self.statistics(latents.device)
+        z, count = (latents * spread + centre).to(latents.dtype), latents.shape[2]
+        cuts, tiles = cut(count, 1, 1), self.tiles if self.tiling else None
+        cells = in_tiles(self.decoder, z, cuts, ratio * (count - 1) + 1, tiles, of=1, to=space // patch)
+        return F.pixel_shuffle(cells.transpose(1, 2).mT, patch).mT.transpose(1, 2).clamp(-1, 1)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents' channels, (C, 1, 1, 1), in float32."""
         mean, std = torch.tensor([self.cfg.mean, self.cfg.std], device=device)[..., None, None, None]
         return mean, std
-
-    def encode_tile(self, cells: Tensor) -> Tensor:
-        return self.in_chunks(self.encoder, cells, self.temporal_ratio)
-
-    def decode_tile(self, z: Tensor) -> Tensor:
-        return self.in_chunks(self.decoder, z, 1)
-
-    def in_chunks(self, network: nn.Module, x: Tensor, size: int) -> Tensor:
-        """Send x (B, C, T, H, W) through a network: its first frame alone, then `size` frames at a time."""
-        cuts = list(pairwise([0, *range(1, x.shape[2], size), x.shape[2]]))
-        return torch.cat(list(self.chunks_through(network, x, cuts)), dim=2)

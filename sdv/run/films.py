@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sdv.data.files import content_hash, digest
+from sdv.data.captions import clean_caption
+from sdv.data.files import content_hash, digest, parse_json
+from sdv.data.rows import find_file, read_lines
 
 
 class Shot(NamedTuple):
@@ -24,7 +26,7 @@ def read_shots(manifest: str | Path) -> list[Shot]:
     manifest = Path(manifest)
     if not manifest.is_file():
         raise FileNotFoundError(f"{manifest}: no such file; write one object with a prompt a line")
-    lines = enumerate(manifest.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    lines = enumerate(read_lines(manifest), 1)
     shots = [_shot(manifest, number, line) for number, line in lines if line.strip()]
     if not shots:
         raise ValueError(f"{manifest}: holds no lines; write one object with a prompt a line")
@@ -33,7 +35,7 @@ def read_shots(manifest: str | Path) -> list[Shot]:
 
 def _shot(manifest: Path, number: int, line: bytes) -> Shot:
     try:
-        row = json.loads(line)
+        row = parse_json(line.decode())
         prompt, ref, seed = row["prompt"], row.get("reference_file_name"), row.get("seed", 0)
         if (
             not isinstance(prompt, str)
@@ -42,12 +44,13 @@ def _shot(manifest: Path, number: int, line: bytes) -> Shot:
             or seed < 0
         ):
             raise TypeError("two texts and a number that is not negative")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
             f'and "seed" ({error!r:.80})'
         ) from error
-    return Shot(prompt, manifest.parent / ref if ref else None, seed)
+    prompt = clean_caption(prompt, f"{manifest}:{number}: prompt")
+    return Shot(prompt, (find_file(manifest.parent, ref) or manifest.parent / ref) if ref else None, seed)
 
 
 NOT_SEEN = ("prompt", "ref", "seed", "manifest", "out", "adapter", "backbone")  # or named by their content

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from sdv.diagnostics import TASKS
+from sdv.run.settings import run
 
 COLOURS = {
     "cross": "#c1272d", "identity": "#e08e0b", "motion": "#2670b5", "corrected": "#5b2a86", "null": "#888888",
@@ -273,12 +274,9 @@ def main() -> None:
     parser.add_argument("--html", type=Path, help="also a page that holds it")
     args = parser.parse_args()
     out = args.out or args.runs[0] / "probes.png"
-    try:
-        runs = [(name_of(run), read(run)) for run in args.runs]
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    for run, (name, rows) in zip(args.runs, runs, strict=True):
-        print(f"{name}\n  {line(rows[-1])}\n  {cost(run)}")
+    runs = [(name_of(run), read(run)) for run in args.runs]
+    for folder, (name, rows) in zip(args.runs, runs, strict=True):
+        print(f"{name}\n  {line(rows[-1])}\n  {cost(folder)}")
     picture = draw(runs)
     out.write_bytes(picture)
     print(out)
@@ -289,4 +287,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

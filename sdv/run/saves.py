@@ -72,12 +72,20 @@ def newest_whole(out: Path, log: Callable[[str], None]) -> tuple[Path, dict]:
     raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
 
 
+def _settings(out: Path) -> dict:
+    file = out / "config.json"
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error}); what the run was asked for is not known") from error
+
+
 def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
     """Make the folder of a new run, or note that one goes on. FileExistsError if it holds a run."""
     if saves(out) and not resume:
         raise FileExistsError(f"{out}: holds a run, {saves(out)[-1].name}; give --resume or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    parts = json.loads((out / "config.json").read_text()).get("parts", []) if resume else []
+    parts = _settings(out).get("parts", []) if resume else []
     if not resume:
         (out / "metrics.jsonl").write_text("")
         for name in ("probes", "validation"):
@@ -90,7 +98,7 @@ def require_same(out: Path, settings: dict, renamed: dict[str, str]) -> None:
     """ValueError if a run that is to be resumed had other settings. renamed: {old name: new name}."""
     if not saves(out):
         raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
-    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(settings))
+    before, now = _settings(out), json.loads(json.dumps(settings))
     before |= {new: before[old] for old, new in renamed.items() if old in before}
     changed = [f"{n} was {before.get(n)!r}, is {v!r}" for n, v in now.items() if before.get(n) != v]
     if changed:

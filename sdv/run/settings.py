@@ -9,7 +9,9 @@ The range of a number is part of its type, and a dataclass that inherits from ot
 import argparse
 import dataclasses
 import inspect
+import io
 import math
+import os
 import re
 import sys
 import types
@@ -20,6 +22,7 @@ from typing import Annotated, NamedTuple, NoReturn, TypeVar
 import torch
 
 T = TypeVar("T")
+CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 
 class Range(NamedTuple):
@@ -138,12 +141,24 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script. Bad input, or a loss that is not finite, ends it with one line, not a traceback."""
+def run(main: Callable[[], int | None]) -> None:
+    """Call a command. Bad input, or a loss that is not finite, ends it with one line, not a traceback.
+
+    A letter that the console cannot show is written as its number, and a closed pipe (`| head`) is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
+        status = CLOSED_PIPE
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    if status:
+        raise SystemExit(status)
 
 
 def _converter(annotation: type) -> dict:

@@ -1,4 +1,4 @@
-"""Two sides that take turns in processes of their own, compared pair by pair."""
+"""Two sides measured alternately, each time in a process of its own, and compared pair by pair."""
 
 import json
 import resource
@@ -8,21 +8,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-Turns = dict[str, list[dict]]  # {side: what each of its processes printed}
+Runs = dict[str, list[dict]]  # {side: what each of its processes printed}
 
 
-def take(module: str, sides: Sequence[str], pairs: int, *arguments: str) -> Turns:
+def run(module: str, sides: Sequence[str], pairs: int, *arguments: str) -> Runs:
     """Run `python -m MODULE --child SIDE ARGUMENTS` for each side in turn; its last line is a JSON object."""
-    turns: Turns = {side: [] for side in sides}
+    runs: Runs = {side: [] for side in sides}
     for side in tuple(sides) * pairs:
         command = [sys.executable, "-m", module, "--child", side, *arguments]
-        turns[side].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
-    return turns
+        runs[side].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+    return runs
 
 
-def compare(turns: Turns, field: str) -> tuple[float, float, float]:
+def compare(runs: Runs, field: str) -> tuple[float, float, float]:
     """Medians of ours and of diffusers', and the median of the ratios of the pairs."""
-    ours, theirs = ([turn[field] for turn in turns[side]] for side in ("ours", "diffusers"))
+    ours, theirs = ([run[field] for run in runs[side]] for side in ("ours", "diffusers"))
     ratios = (a / b for a, b in zip(ours, theirs, strict=True))
     return statistics.median(ours), statistics.median(theirs), statistics.median(ratios)
 

@@ -1,0 +1,117 @@
+"""Which films are judged: each with its reference picture, prompt and seed; and the frames in them.
+
+A folder of films has films.jsonl, as sample.py writes it: lines {"file_name", "prompt",
+"reference_file_name", "seed"}, paths relative to the file that names them; the last two may be missing.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdv.data.media import from_uint8, inspect_clip, read_clip, read_image, resize
+
+FEWEST = 3  # frames of which smoothness speaks
+FIELDS = 'write an object with "file_name" and "prompt" and, if you like, "reference_file_name" and "seed"'
+
+
+class Film(NamedTuple):
+    path: Path | None  # None: a line that says what to film, not where it is
+    ref: Path | None  # picture of the subject
+    prompt: str
+    seed: int
+
+    @property
+    def asks(self) -> tuple[str, str, int]:
+        """What was asked for: reference, prompt, seed."""
+        return str(self.ref and self.ref.resolve()), self.prompt, self.seed
+
+
+def read_lines(file: Path) -> list[Film]:
+    """The films of a JSONL file; ValueError names the line that cannot be read."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; {FIELDS} a line")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            path, ref = (row.get(name) for name in ("file_name", "reference_file_name"))
+            path, ref = path and file.parent / path, ref and file.parent / ref
+            if not isinstance(row["prompt"], str):
+                raise TypeError("prompt is no text")
+            found.append(Film(path, ref, row["prompt"], int(row.get("seed") or 0)))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: {FIELDS} ({error!r})") from error
+    if not found:
+        raise ValueError(f"{file}: holds no lines; {FIELDS} a line")
+    return found
+
+
+def read_films(folder: Path, manifest: Path | None = None) -> list[Film]:
+    """The films of a folder: all that its films.jsonl names, or what a manifest asks for.
+
+    Lines of a manifest that have no file_name, as sample.py takes them, are looked up in films.jsonl.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of films")
+    wanted = read_lines(manifest or folder / "films.jsonl")
+    if not all(film.path for film in wanted):
+        made = {film.asks: film.path for film in read_lines(folder / "films.jsonl")}
+        wanted = [film._replace(path=film.path or made.get(film.asks)) for film in wanted]
+    lacking = [film for film in wanted if film.path is None or not film.path.is_file()]
+    if lacking:
+        first = lacking[0].path or f"of {lacking[0].prompt!r}, seed {lacking[0].seed}"
+        raise ValueError(
+            f"{manifest or folder / 'films.jsonl'}: {len(lacking)} of {len(wanted)} films are not there, "
+            f"the first {first}; let sample.py go on, or remove the lines"
+        )
+    return list({film.path: film for film in wanted}.values())  # the last line of a film counts
+
+
+def check(films: Sequence[Film], frames: int) -> None:
+    """Decode every film and reference once; one ValueError lists the first five that cannot be judged."""
+    problems, least = [], max(frames, FEWEST)
+    for film in tqdm(films, "check", unit="film", leave=False):
+        try:
+            if film.ref is not None:
+                read_image(film.ref)
+            found = inspect_clip(film.path).frames
+            if found < least:
+                raise ValueError(
+                    f"{film.path}: has {found} frames, {least} are needed; give a lower --frames"
+                )
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        shown = "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
+        raise ValueError(f"{len(problems)} of {len(films)} films cannot be judged:\n  {shown}")
+
+
+def read_frames(path: Path) -> tuple[Tensor, float]:
+    """Every frame of a film, uint8 (3, T, H, W), and the rate, frames per second."""
+    info = inspect_clip(path)
+    fps = info.frames / info.seconds
+    return read_clip(path, info.frames, fps, info.height, info.width), fps
+
+
+def spread(frames: Tensor, count: int) -> Tensor:
+    """`count` frames from the first to the last, evenly: (3, T, H, W) -> (count, 3, H, W)."""
+    chosen = torch.linspace(0, frames.shape[1] - 1, count, dtype=torch.float64).round().long()
+    return frames[:, chosen].transpose(0, 1)
+
+
+def canvas(picture: Path, height: int, width: int) -> Tensor:
+    """The paper's reference, uint8 (3, H, W): all of the picture on a white canvas of the film's size."""
+    return resize(read_image(picture), height, width, "pad")
+
+
+def as_given(picture: Path, height: int, width: int) -> Tensor:
+    """The two ways in which sample.py gives a reference, cut and on a canvas: (2, 3, H, W) in [-1, 1]."""
+    image = read_image(picture)
+    return from_uint8(torch.stack([resize(image, height, width, mode) for mode in ("crop", "pad")]))
