@@ -33,6 +33,7 @@ from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.run import plan
 from sdv.run.base_storage import Storage, hold
 from sdv.run.cost import Task
+from sdv.run.settings import run
 
 PARTS = ("steps", "denoise", "vae", "storage")
 IN_TORCH = "sdv, kernels in torch"
@@ -265,7 +266,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="small, on the CPU")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
-        raise SystemExit("error: no GPU, nothing to time: try --dry")
+        raise ValueError("no GPU, nothing to time: try --dry")
     device = "cpu" if args.dry else "cuda"
     repeats = 0 if args.warm else 1 if args.dry else 2
     book = Book((args.out or folder_of(device)) / "fullsize.jsonl", args.seconds, device, repeats)
@@ -287,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
