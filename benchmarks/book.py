@@ -41,8 +41,8 @@ class Book:
         except Exception as error:  # of any library: other measurements still count
             found["not run"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         self.write(found)
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def write(self, found: dict) -> None:
