@@ -235,6 +235,7 @@ class Config(Looking):
     device: str = settings.DEVICE  # where it runs
     dtype: Literal["bfloat16", "float32"] = settings.DTYPE  # of the frozen networks
     recompute_every: CountOrNone = 1  # every n-th block recomputes in backward, for less memory; 0: none
+    keep_attention: bool = False  # recomputed blocks keep what self-attention returned: faster, more memory
     base_storage: Storage = "device"  # the base's matrices: as they are, fp8, or on the CPU
     shard: bool = False  # spread the model over all processes (FSDP2); else each holds all of it
     save_every: Count = 250  # steps
@@ -246,6 +247,7 @@ RENAMED = {"frozen": "base_storage", "checkpoint_every": "recompute_every"}  # s
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
 FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "recompute_every", "save_every"}
 FREE |= {"keep", "shard", "plan", "tensorboard", "identity_batch", "motion_batch", "accumulate"}  # see below
+FREE |= {"keep_attention"}
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
 
 
@@ -279,6 +281,8 @@ def refuse_conflicts(cfg: Config) -> None:
          "--pcgrad needs both tasks, one in a step: 0 < --p-video < 1 and --coin step"),
         (cfg.shard and (cfg.pcgrad != "none" or (cfg.probe_every and looks)),
          "--shard splits every gradient over processes: use --pcgrad none --probe-every 0"),
+        (cfg.keep_attention and not cfg.recompute_every,
+         "--keep-attention is about recomputed blocks: give --recompute-every 1 or more"),
         (cfg.shard and cfg.base_storage != "device",
          "--shard and --base-storage both say where the base's matrices are: choose one of them"),
     ):  # fmt: skip
@@ -496,7 +500,7 @@ def main() -> None:
     backbone = weights.load_backbone(cfg.backbone, home, dtype, ("dit",), say)
     dit, backbone.vae = backbone.dit, vae
     schedule = dataclasses.replace(backbone.schedule, train_shift=cfg.t_shift)
-    dit.recompute_every = cfg.recompute_every
+    dit.recompute_every, dit.keep_attention = cfg.recompute_every, cfg.keep_attention
     torch.manual_seed(cfg.seed)
     say(attach(dit, newest / "adapter.safetensors" if newest else cfg.adapter, cfg))
     hold(dit, cfg.base_storage, cfg.device)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import weights
 from benchmarks import alternating
+from benchmarks.models import COGVIDEOX
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from sdv.run.settings import run
 from weights import tiny
@@ -25,11 +26,7 @@ from weights.cogvideox import DIT_NAMES
 from weights.tensors import rename, reverse
 
 SHARD_BYTES = 2.5e9
-CONFIG = tiny.TRANSFORMER | {
-    "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
-    "time_embed_dim": 512, "text_embed_dim": 4096, "num_layers": 42, "sample_width": 90, "sample_height": 60,
-    "sample_frames": 49, "max_text_seq_length": 226,
-}  # fmt: skip
+CONFIG = tiny.TRANSFORMER | COGVIDEOX["transformer"]
 
 
 def write(folder: Path) -> None:

@@ -4,24 +4,39 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 import sys
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
+from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import weights
+from benchmarks import fullsize, models
+from helpers import ROOT
 from sdv.lora import add_lora, lora_parameters
+from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.run import plan
 from sdv.run.base_storage import hold
 from sdv.run.cost import build, count, rehearse
 from weights import tiny as tiny_model
 
+FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: (
+        flop_counter.sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda do, q, k, v, *rest, **more: (
+        flop_counter.sdpa_backward_flop_count(do, q, k, v)
+    ),
+}
 SMALL = train.Config(
     frames=9, height=64, width=96, rank=4, identity_batch=2, device="cpu", dtype="float32", cache="there"
 )
@@ -54,7 +69,7 @@ class Step:
             parameter.data = parameter.to(torch.float32 if exact & set(path.split(".")) else self.dtype)
         add_lora(self.dit, cfg.rank, cfg.alpha, self.dit.lora_targets)
         hold(self.dit, cfg.base_storage, "cpu")
-        self.dit.recompute_every = cfg.recompute_every
+        self.dit.recompute_every, self.dit.keep_attention = cfg.recompute_every, cfg.keep_attention
         for parameter in lora_parameters(self.dit).values():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -89,17 +104,26 @@ def kept_bytes(step: Step) -> int:
     return sum(size for address, size in sizes.items() if address not in own)
 
 
-def allocator_peak(step: Step) -> int:
-    """Most bytes that torch's allocator gave out at once during a step."""
+def allocated(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch's allocator gave out for what work returns, and most at once meanwhile."""
     with profile(profile_memory=True) as profiler:
-        loss, *_alive = step.forward()
-        loss.backward()
+        _alive = work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak
+    return now, peak
+
+
+def allocator_peak(step: Step) -> int:
+    """Most bytes that torch's allocator gave out at once during a step."""
+
+    def work() -> None:
+        loss, *_alive = step.forward()
+        loss.backward()
+
+    return allocated(work)[1]
 
 
 @BACKBONES
@@ -117,6 +141,30 @@ def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, storage):
         assert found.kept == kept_bytes(step), every
         if every < 2:
             assert 0 <= allocator_peak(step) - found.peak <= states + scratch, every
+
+
+@BACKBONES
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_attention_returned_may_stay(layout, every):
+    """Beside torch's allocator, whose bytes are there after forward, and its FLOP counter."""
+    cfg = dataclasses.replace(SMALL, recompute_every=every, keep_attention=True)
+    step = Step(cfg, layout)
+    step.forward()[0].backward()
+    found, states = rehearse(cfg, layout, "motion", 2), GENERATOR * 2 // every
+    assert 0 <= allocated(step.forward)[0] - found.kept <= states
+    assert every > 1 or 0 <= allocator_peak(step) - found.peak <= states
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        step.forward()[0].backward()
+    assert found.flops.total() == counter.get_total_flops()
+
+    text = layout.text_tokens if isinstance(step.dit, CogVideoXDiT) else 0  # Wan sees it in another attention
+    tokens = 4 * step.sides[0] * step.sides[1] // layout.patch**2 + text
+    for device in ("cpu", "cuda"):  # torch's attention, and the kernel here
+        there = dataclasses.replace(cfg, device=device)
+        few = rehearse(there, layout, "motion", 2).flops
+        all_of_it = rehearse(dataclasses.replace(there, keep_attention=False), layout, "motion", 2).flops
+        all_of_it["recompute", "attention"] -= 4 * tokens**2 * step.dit.cfg.dim * 2 // every
+        assert few == all_of_it  # a Counter: what is not there is 0
 
 
 @BACKBONES
@@ -153,27 +201,39 @@ def test_the_kernels_of_a_gpu_keep_no_copies_in_float32(layout):
     assert gpu.flops["backward", "matrices"] == cpu.flops["backward", "matrices"]
 
 
-@pytest.fixture
-def full_size(tiny, tmp_path):
-    """The configs of CogVideoX-5B, without any weights."""
-    path = tmp_path / "5b"
-    shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("*.safetensors"))
-    sizes = {
-        "transformer": {
-            "num_attention_heads": 48, "in_channels": 16, "out_channels": 16, "num_layers": 42,
-            "time_embed_dim": 512, "text_embed_dim": 4096, "max_text_seq_length": 226,
-        },
-        "vae": {"block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3},
-        "text_encoder": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-    }  # fmt: skip
-    for part, changes in sizes.items():
-        file = path / part / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return path
+def test_an_h100_by_table_is_the_one_that_was_measured(monkeypatch, tmp_path):
+    """Two training steps, which its shares are made of, and two steps of sampling, which they are not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = (ROOT / "benchmarks/nvidia-h100-80gb-hbm3/fullsize.jsonl").read_text().splitlines()
+    rows = {(row["part"], row["what"], row["who"]): row for row in map(json.loads, lines)
+            if row["commit"].startswith("1cf6d9f")}  # fmt: skip
+    for name, tasks in (("cogvideox", ("motion", "identity")), ("wan", ())):
+        layout, _ = models.open_model(name, tmp_path / name)
+        step = fullsize.Step(layout.frames, layout.height, layout.width, "cuda")
+        reached = plan.speed(step, layout)
+        for task in tasks:
+            said, row = plan.predict(step, layout, task, 1), rows["steps", f"{name} {task}", "sdv"]
+            assert 0.985 < said.peak / 1e9 / row["gigabytes"] < 1
+            assert reached.seconds(said.flops) == pytest.approx(statistics.median(row["seconds"]), rel=0.01)
+        flops = plan.predict(dataclasses.replace(step, motion_batch=2), layout, "motion", 1).flops
+        forward = Counter({key: n for key, n in flops.items() if key[0] == "forward"})
+        (seconds,) = rows["denoise", f"{name}, with a reference", "sdv, LoRA not merged"]["seconds"]
+        assert reached.seconds(forward) == pytest.approx(seconds, rel=0.05)
 
 
-def test_parameters_of_the_5b_model_are_exact(full_size):
-    layout = weights.open_backbone(full_size)
+@pytest.mark.parametrize("backbone", ["tiny"])
+def test_whose_speed_it_is_is_said(monkeypatch, layout):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = dataclasses.replace(SMALL, device="cuda", dtype="bfloat16")
+    now = {"identity": plan.predict(cfg, layout, "identity", 1)}
+    said = plan.timing(cfg, now, plan.speed(cfg, layout))
+    assert "on an NVIDIA H100 80GB HBM3, measured on 2026-11-26" in said[-1]
+    exact = dataclasses.replace(cfg, dtype="float32")
+    assert plan.speed(exact, layout) is None and "only bf16" in plan.timing(exact, now, None)[0]
+
+
+def test_parameters_of_the_5b_model_are_exact(tmp_path):
+    layout, _ = models.open_model("cogvideox", tmp_path)
     cfg = dataclasses.replace(SMALL, rank=128, dtype="bfloat16", device="cuda")
     parameters = lora_parameters(build(cfg, layout)).values()
     assert sum(p.numel() for p in parameters) == 502_276_096
@@ -199,5 +259,7 @@ def test_plan_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tiny, tmp
     assert "this CPU as it is now" in said and "--cache FOLDER" in said
 
     peak = {line[:54].strip(): line[54:].split()[0] for line in said.splitlines() if "time x" in line}
+    assert float(peak["--keep-attention"]) >= float(peak["as asked"])  # encoding takes more than either
+    assert next(float(line.split()[-1]) for line in said.splitlines() if "--keep-attention" in line) < 1
     for lever in ("--cache FOLDER", "--rank 2", "--shard, 8 processes"):
         assert float(peak[lever]) < float(peak["as asked"]), lever

@@ -20,6 +20,7 @@ from sdv.run.settings import parse
         "--device cuda:99", "--device mps", "--seed -1", "--lr 0", "--lr inf", "--eps 0", "--height 0",
         "--frames -1", "--val-batches 0", "--probe-every -1", "--keep -1", "--lora-dropout 1.5", "--alpha 0",
         "--lora-alpha 3", "--sample-every 5", "--dtype float16", "--steps 1.5", "--steps many",
+        "--keep-attention --recompute-every 0",
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused_by_its_flag(words, monkeypatch, tmp_path, capsys):

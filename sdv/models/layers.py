@@ -1,11 +1,28 @@
 """What both backbones share: what stays float32, time, feed-forward, patches, the walk through the blocks."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+import kernels  # noqa: F401  its operators have names below
+
+# What torch sees of an attention: the kernel here, or one of its own.
+ATTENTION = {
+    torch.ops.sdv.attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
 
 
 def stays_float32(module: nn.Module, path: str) -> bool:
@@ -81,11 +98,24 @@ def visible_tokens(
     return x[:, kept], (rope[0][kept], rope[1][kept])
 
 
-def run_blocks(blocks: nn.ModuleList, recompute_every: int, x: Tensor, *conditions) -> Tensor:
-    """x through block(x, *conditions) of each; every n-th recomputes its activations in backward."""
+def self_attention_stays(_context, op, *args, **_options) -> CheckpointPolicy:
+    """What a recomputed block does not compute again. Of attention to a short text the rest is dearer."""
+    stays = op in ATTENTION and args[0].shape == args[1].shape
+    return CheckpointPolicy.MUST_SAVE if stays else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_blocks(
+    blocks: nn.ModuleList, recompute_every: int, keep_attention: bool, x: Tensor, *conditions
+) -> Tensor:
+    """x through block(x, *conditions) of each; every n-th recomputes its activations in backward.
+
+    keep_attention: those keep what self-attention returned, and recompute the rest.
+    """
+    kept = partial(create_selective_checkpoint_contexts, self_attention_stays)
+    around = kept if keep_attention else noop_context_fn
     for i, block in enumerate(blocks):
         if recompute_every and i % recompute_every == 0 and torch.is_grad_enabled():
-            x = checkpoint(block, x, *conditions, use_reentrant=False)
+            x = checkpoint(block, x, *conditions, use_reentrant=False, context_fn=around)
         else:
             x = block(x, *conditions)
     return x

@@ -49,6 +49,7 @@ class Settings(Protocol):
     device: str
     dtype: str
     recompute_every: int
+    keep_attention: bool
     shard: bool
     base_storage: Storage
 
@@ -166,7 +167,7 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
     dit.blocks = dit.blocks[:layers]
     for module in adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens).values():
         module.dropout = cfg.lora_dropout
-    dit.recompute_every = cfg.recompute_every
+    dit.recompute_every, dit.keep_attention = cfg.recompute_every, cfg.keep_attention
     load_nothing(dit, getattr(torch, cfg.dtype), device)
     hold(dit, cfg.base_storage, device)
     return dit.train()

@@ -1,31 +1,61 @@
 """What a training step will need, before anything is loaded: memory by cause, FLOPs, seconds, and what helps.
 
-All of it is counted (rehearsal.py) or a count of parameters, but for two things: seconds are FLOPs over the
-measured speed of this machine's matrix product, and what --shard gathers is taken from FSDP2's documentation.
+All of it is counted (cost.py) or a count of parameters, but for two things: seconds are FLOPs over measured
+speeds, and what --shard gathers is taken from FSDP2's documentation.
 
 Beside benchmarks/dit.csv, a step of two blocks of CogVideoX-5B on two threads of a CPU. Seconds predicted and
 measured: 6.8 and 6.5 in fp32 (4 % too many), 3.0 and 3.1 in bf16 (2 % too few), if two threads are twice as
 fast as one. GB in fp32: 0.70 and 1.11. The latter is how much a process grew, and torch's allocator held 0.70
-of it; the matrix library and the heap have the rest. Nothing was measured on a GPU.
+of it; the matrix library and the heap have the rest.
+
+Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) the
+memory is 1 % less than measured, 27.6 and 29.5 GB, and seconds agree: the shares below were chosen for that.
 """
 
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from kernels import attention
 from sdv.lora import lora_parameters
 from sdv.run.base_storage import nbytes
 from sdv.run.cost import Encoders, Layout, Settings, Task, build, count, encoding
 
 # A step's share of the speed of a large matrix product, on one thread of a CPU (AMD EPYC, AVX-512): one block
 # of CogVideoX-5B with its LoRA, 466 tokens. 0.76 to 0.87 of 87 GFLOP/s in fp32, 0.83 to 0.85 of 197 in bf16.
-EFFICIENCY = 0.83
-ROWS = 4096  # of that product
+ON_CPU = 0.83
+# On a GPU attention has a speed of its own, of which a step reaches ATTENTION; what norms, additions and
+# modulations take is put down to the matrices. Both shares follow from two training steps, 3.92 s of a clip
+# and 2.04 s of eight pairs. Two steps of sampling with an unmerged LoRA, which had no part in it, come out
+# 4 % (CogVideoX) and 3 % (Wan) too slow.
+MATRICES, ATTENTION = 0.608, 0.96
+TABLE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 1cf6d9f; there is no GPU here"
 TORCHRUN = 8  # processes that --shard is shown for where there is one
 STAGES = ("encoding", "forward", "recompute", "backward")
+
+
+class Speed(NamedTuple):
+    """FLOP/s of matrices and of attention, forward and backward, whose 7 products all count (cost.py)."""
+
+    matrices: float
+    forward: float
+    backward: float
+    source: str
+
+    def seconds(self, flops: Counter) -> float:
+        forward = flops["forward", "attention"] + flops["recompute", "attention"]
+        backward = flops["backward", "attention"]
+        rest = flops.total() - forward - backward
+        return rest / self.matrices + forward / self.forward + backward / self.backward
+
+
+# By the width of a head, in bf16: an 8192 cubed product, and attention at CogVideoX's and at Wan's size.
+H100 = {64: Speed(773e12, 409e12, 7 / 5 * 289e12, TABLE), 128: Speed(773e12, 432e12, 7 / 5 * 384e12, TABLE)}
 
 
 class Prediction(NamedTuple):
@@ -66,6 +96,7 @@ def predict(
 def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
     """(what to change, settings then, processes then), first of all nothing."""
     changes = [{"recompute_every": n} for n in (1, 2, 0) if n != cfg.recompute_every]
+    changes += [{"keep_attention": True}] * (cfg.recompute_every > 0 and not cfg.keep_attention)
     batch = {"identity_batch": cfg.identity_batch, "motion_batch": cfg.motion_batch}
     if halves := {field: n // 2 for field, n in batch.items() if n > 1}:
         changes.append(halves | {"accumulate": 2 * cfg.accumulate})
@@ -76,7 +107,10 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
     ]
     found = [("as asked", cfg, world)]
     for change in changes:
-        name = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in change.items())
+        words = (
+            (field.replace("_", "-"), "" if value is True else f" {value}") for field, value in change.items()
+        )
+        name = " ".join(f"--{field}{value}" for field, value in words)
         processes = TORCHRUN if "shard" in change and world == 1 else world
         if "shard" in change:
             name = f"--shard, {processes} processes"
@@ -86,20 +120,51 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
     return found
 
 
-def speed(device: str, dtype: torch.dtype, width: int) -> float | None:
-    """FLOP/s of a product of (4096, D) and (D, D), over a second; None for a GPU that is not here."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        return None
-    x, w = (torch.randn(rows, width, device=device, dtype=dtype) for rows in (ROWS, width))
+def rate(work: Callable[[], object], flops: float, device: str) -> float:
+    """FLOP/s of work that has so many, over half a second."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    x @ w
+    work()
     wait()
     start, times = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 1:
-        x @ w
+    while (spent := time.perf_counter() - start) < 0.5:
+        work()
         wait()
         times += 1
-    return 2 * ROWS * width**2 * times / spent
+    return flops * times / spent
+
+
+def product(rows: int, width: int, device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of (rows, D) and (D, D)."""
+    x, w = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, width))
+    return rate(lambda: x @ w, 2 * rows * width**2, device)
+
+
+def ceilings(device: str, dtype: torch.dtype, heads: int, width: int) -> Speed:
+    """Of a GPU: an 8192 cubed product, attention of 8192 tokens there and back."""
+    q = torch.randn(1, 8192, heads, width, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+    out, one = attention(q, q, q), 2 * q.numel() * q.shape[2]  # FLOPs of one product
+    back = partial(torch.autograd.grad, out, q, torch.randn_like(out), retain_graph=True)
+    forward, backward = rate(lambda: attention(q, q, q), 2 * one, device), rate(back, 7 * one, device)
+    name = f"{torch.cuda.get_device_name(device)} as it is now"
+    return Speed(product(8192, 8192, device, dtype), forward, backward, name)
+
+
+def speed(cfg: Settings, layout: Layout) -> Speed | None:
+    """What a step reaches on --device; of a GPU that is not here, an H100's. None for what nobody timed."""
+    shape, dtype = build(cfg, layout, 1).cfg, getattr(torch, cfg.dtype)
+    if not cfg.device.startswith("cuda"):
+        found = product(4096, shape.dim, cfg.device, dtype)
+        source = f"{ON_CPU} of the {found:.3g} FLOP/s of a matrix product on this CPU as it is now"
+        return Speed(*[ON_CPU * found] * 3, source)
+    if torch.cuda.is_available():
+        top = ceilings(cfg.device, dtype, shape.heads, shape.head_dim)
+    elif cfg.dtype == "bfloat16" and shape.head_dim in H100:
+        top = H100[shape.head_dim]
+    else:
+        return None
+    source = f"{MATRICES} of {top.matrices / 1e12:.0f} TFLOP/s in matrices, {ATTENTION} of "
+    source += f"{top.forward / 1e12:.0f} and {top.backward / 1e12:.0f} in attention, on {top.source}"
+    return Speed(MATRICES * top.matrices, *(ATTENTION * n for n in top[1:3]), source)
 
 
 def lora_flops(cfg: Settings, layout: Layout, task: Task, flops: Counter) -> float:
@@ -125,48 +190,46 @@ def table(cfg: Settings, layout: Layout, now: dict[Task, Prediction]) -> list[st
     return [*lines, row("in it, LoRA", [n / 1e12 for n in lora], "TFLOP")]
 
 
-def timing(cfg: Settings, layout: Layout, now: dict[Task, Prediction]) -> list[str]:
-    """Seconds of a step, and hours of the run, if what it will run on is here."""
-    rate = speed(cfg.device, getattr(torch, cfg.dtype), build(cfg, layout).cfg.dim)
-    if rate is None:
-        return ["time: there is no GPU here to measure"]
-    name = "this CPU as it is now"
-    if cfg.device.startswith("cuda"):
-        name = f"{torch.cuda.get_device_name(cfg.device)}, a share that only a CPU has confirmed"
-    seconds = [cfg.accumulate * one.flops.total() / rate / EFFICIENCY for one in now.values()]
-    hours = cfg.steps * step_flops(cfg, now) / rate / EFFICIENCY / 3600
+def timing(cfg: Settings, now: dict[Task, Prediction], reached: Speed | None) -> list[str]:
+    """Seconds of a micro-batch and of a step, and hours of the run."""
+    if reached is None:
+        return ["time: no GPU is here, and of an H100 only bf16 and heads of 64 or 128 were timed"]
+    each = [reached.seconds(one.flops) for one in now.values()]
+    hours = cfg.steps * step_seconds(cfg, now, reached) / 3600
     return [
-        row(f"a step, {cfg.accumulate} micro-batches", seconds, "s"),
+        row("a micro-batch", each, "s"),
+        row(f"a step, {cfg.accumulate} micro-batches", [cfg.accumulate * n for n in each], "s"),
         f"  {cfg.steps} steps: {hours:,.1f} hours, without waiting for data or for other processes",
-        f"  at {EFFICIENCY} of the {rate / 1e12:.3g} TFLOP/s of a matrix product on {name}",
+        f"  at {reached.source}",
     ]
 
 
-def step_flops(cfg: Settings, found: dict[Task, Prediction]) -> float:
+def step_seconds(cfg: Settings, found: dict[Task, Prediction], reached: Speed) -> float:
     """Of a step of one process, the mean over the tasks as they are drawn."""
     odds = {"identity": 1 - cfg.p_video, "motion": cfg.p_video}
-    return cfg.accumulate * sum(odds[task] * one.flops.total() for task, one in found.items())
+    return cfg.accumulate * sum(odds[task] * reached.seconds(one.flops) for task, one in found.items())
 
 
 def report(cfg: Settings, layout: Layout, world: int) -> str:
     """The plan, for people."""
     tasks = [task for task, p in (("identity", 1 - cfg.p_video), ("motion", cfg.p_video)) if p > 0]
     encoders = {task: None if cfg.cache else encoding(cfg, layout, task) for task in tasks}
-    found = {}
+    found, reached = {}, speed(cfg, layout)
+    pace = reached or Speed(1, 1, 1, "FLOPs alone")
     for name, then, n in levers(cfg, world):
         needs = {t: predict(then, layout, t, n, None if then.cache else encoders[t]) for t in tasks}
-        found[name] = needs, step_flops(then, needs)
-    now, flops = found["as asked"]
+        found[name] = needs, step_seconds(then, needs, pace)
+    now, seconds = found["as asked"]
     here = cfg.device.startswith("cuda") and torch.cuda.is_available()
     room = torch.cuda.get_device_properties(cfg.device).total_memory if here else None
 
     heads = "".join(f"{task:>12}" for task in tasks)
     size = f"{cfg.frames} x {cfg.height} x {cfg.width}, rank {cfg.rank}, {cfg.dtype}"
     lines = [f"{size}: one of {world} processes, on {cfg.device}", f"{'a micro-batch':<54}{heads}"]
-    lines += [*table(cfg, layout, now), *timing(cfg, layout, now), ""]
+    lines += [*table(cfg, layout, now), *timing(cfg, now, reached), ""]
     lines.append(f"{'peak memory, step time':<54}{heads}")
     for name, (needs, then) in found.items():
-        peaks, remark = [one.peak for one in needs.values()], f"GB, time x {then / flops:.2f}"
+        peaks, remark = [one.peak for one in needs.values()], f"GB, time x {then / seconds:.2f}"
         if room:
             remark += f", {'fits' if max(peaks) < room else 'does not fit'} {room / 1e9:.0f} GB"
         lines.append(row(name, [peak / 1e9 for peak in peaks], remark))

@@ -1,0 +1,291 @@
+"""Full-size steps of CogVideoX-5B and Wan2.2-TI2V-5B, random weights, beside diffusers + peft, on one GPU.
+
+    python -m benchmarks.fullsize                     # all parts, into benchmarks/<GPU>/fullsize.{jsonl,md}
+    python -m benchmarks.fullsize --parts denoise --models wan --seconds 60
+    python -m benchmarks.fullsize --dry               # no GPU: all of it, small, in seconds
+
+steps: a micro-batch of training from a cache, forward and backward, LoRA of rank 128, every block recomputed:
+a clip (motion) or eight pairs (identity), beside what train.py --plan says. storage: the same with the base
+in 8 bits, or on the CPU. denoise: a step of sampling with guidance, so two videos. vae: a clip, both ways.
+
+No file is read but diffusers' code, if it is installed. Each measurement is guarded: what fails, or would end
+after --seconds, says so in its row, and the next begins. Rows are added; the table is made of all of them.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import weights
+from benchmarks.book import Book, folder_of
+from benchmarks.models import FULL, Stock, made_as, open_model, random_transformer, share, stock_vae
+from kernels import dispatch
+from sdv.models.positions import place_reference
+from sdv.objectives import Pair, denoising_loss, draws_of
+from sdv.run import plan
+from sdv.run.base_storage import Storage, hold
+from sdv.run.cost import Task
+from sdv.run.settings import run
+
+PARTS = ("steps", "denoise", "vae", "storage")
+IN_TORCH = "sdv, kernels in torch"
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Step:
+    """The paper's recipe from a cache, as sdv.run.cost.Settings wants it."""
+
+    frames: int
+    height: int
+    width: int
+    device: str
+    rank: int = 128
+    alpha: float = 64.0
+    identity_batch: int = 8
+    motion_batch: int = 1
+    keep_attention: bool = False
+    base_storage: Storage = "device"
+    recompute_every: int = 1
+    p_video: float = 0.2
+    cache: str = "there"
+    lora_dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    lora_tokens: str = "all"
+    steps: int = 1
+    accumulate: int = 1
+    dtype: str = "bfloat16"
+    shard: bool = False
+
+
+@dataclass(eq=False)
+class Model:
+    name: str
+    layout: weights.Layout
+    configs: dict[str, dict]  # of its parts, in diffusers' words
+    step: Step
+    peers: bool  # diffusers + peft are measured too
+
+    def inputs(self, task: Task, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, C, T, H, W), a reference, a text."""
+        frames = 1 if task == "identity" else (self.step.frames - 1) // self.layout.temporal_ratio + 1
+        sides = [side // self.layout.spatial_ratio for side in (self.step.height, self.step.width)]
+        with torch.device("meta"):
+            text_dim = self.layout.parts["dit"].build().cfg.text_dim
+        sizes = [(self.layout.channels, frames, *sides), (self.layout.channels, 1, *sides)]
+        sizes.append((self.layout.text_tokens, text_dim))
+        return tuple(torch.randn(batch, *size).to(self.step.device, DTYPE) for size in sizes)
+
+    @cached_property
+    def pace(self) -> plan.Speed | None:
+        return plan.speed(self.step, self.layout)
+
+    @cache  # noqa: B019  there are two models
+    def plan(self, step: Step, task: Task) -> plan.Prediction:
+        return plan.predict(step, self.layout, task, 1)
+
+
+@contextmanager
+def kernels_by(mode: str) -> Iterator[None]:
+    """SDV_KERNELS in this process."""
+    before, dispatch.MODE = dispatch.MODE, mode
+    try:
+        yield
+    finally:
+        dispatch.MODE = before
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def trained(dit: nn.Module, model: Model, step: Step, task: Task, book: Book) -> dict:
+    """A micro-batch where gradients and AdamW's moments are there already."""
+    params = [p for p in dit.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    video, ref, text = model.inputs(task, getattr(step, f"{task}_batch"))
+
+    def work() -> None:
+        draws = draws_of((0,), [(0, k) for k in range(len(video))])
+        loss = denoising_loss(dit, model.layout.schedule, Pair(video, ref, text), draws).value
+        loss.backward()
+        if not loss.isfinite():
+            raise FloatingPointError("the loss is not finite")
+
+    return book.clock(work, dit)[0]
+
+
+def sdv_trains(model: Model, step: Step, task: Task, mode: str, book: Book) -> dict:
+    """Ours, made anew, and what --plan says of it."""
+    dit = random_transformer(model.layout, DTYPE, step.device, step.rank, step.alpha)
+    if step.base_storage == "cpu":
+        dit.to("cpu")
+    hold(dit, step.base_storage, step.device)
+    dit.recompute_every, dit.keep_attention = step.recompute_every, step.keep_attention
+    with kernels_by(mode):
+        found, said = trained(dit, model, step, task, book), model.plan(step, task)
+    seconds = {"seconds": round(model.pace.seconds(said.flops), 3)} if model.pace else {}
+    return found | {"plan": seconds | {"gigabytes": round(said.peak / 1e9, 2)}}
+
+
+def peft_trains(model: Model, task: Task, dtype: torch.dtype, book: Book) -> dict:
+    """diffusers + peft, each block recomputed; a LoRA in fp32 needs autocast."""
+    step = model.step
+    dit = Stock(model.name, model.configs["transformer"], DTYPE, step.device, autocast=dtype == torch.float32)
+    dit.adapt(step.rank, step.alpha, dtype)
+    return trained(dit, model, step, task, book)
+
+
+def steps(model: Model, book: Book) -> None:
+    step, kept = model.step, replace(model.step, keep_attention=True)
+    ours = {"sdv": (step, "auto"), "sdv --keep-attention": (kept, "auto"), IN_TORCH: (step, "reference")}
+    for task in ("motion", "identity"):
+        what, flops = f"{model.name} {task}", model.plan(step, task).flops.total()
+        for who, (then, mode) in ours.items():
+            book.row("steps", what, who, flops, partial(sdv_trains, model, then, task, mode, book))
+        for dtype in (torch.bfloat16, torch.float32) if model.peers else ():
+            who = f"diffusers + peft, LoRA {str(dtype).removeprefix('torch.')}"
+            book.row("steps", what, who, flops, partial(peft_trains, model, task, dtype, book))
+
+
+def storage(model: Model, book: Book) -> None:
+    for way in ("fp8", "cpu"):
+        step, flops = replace(model.step, base_storage=way), model.plan(model.step, "identity").flops.total()
+        work = partial(sdv_trains, model, step, "identity", "auto", book)
+        book.row("storage", f"{model.name} identity", f"sdv --base-storage {way}", flops, work)
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def denoise(model: Model, book: Book) -> None:
+    """All but the last have the same weights; `differs` is from the first."""
+    step, (video, ref, text) = model.step, model.inputs("motion", 2)
+    t, first = torch.full((2,), 500.0, device=step.device), {}
+    flops = sum(n for (stage, _), n in model.plan(step, "motion").flops.items() if stage == "forward")
+
+    def once(net_of: Callable[[], nn.Module], picture: Tensor | None, mode: str, same: bool) -> dict:
+        net = net_of().eval()
+        with kernels_by(mode):
+            found, out = book.clock(lambda: net(video, t, text, picture), net)
+        if not out.isfinite().all():
+            raise FloatingPointError("the prediction is not finite")
+        truth = first.setdefault(picture is None, out)
+        return found | ({"differs": relative_error(out, truth)} if same and truth is not out else {})
+
+    def both(who: str, net_of: Callable[[], nn.Module], mode: str = "auto", same: bool = True) -> None:
+        for what, picture in (("with a reference", ref), ("text only", None)):
+            book.row(
+                "denoise", f"{model.name}, {what}", who, 2 * flops, partial(once, net_of, picture, mode, same)
+            )
+
+    def ours(rank: int = 0) -> nn.Module:
+        dit = random_transformer(model.layout, DTYPE, step.device, rank, step.alpha)
+        place_reference(dit, "leading")  # where diffusers can have it
+        return dit
+
+    def theirs() -> nn.Module:
+        net = Stock(model.name, model.configs["transformer"], DTYPE, step.device)
+        share(dit(), net.net, model.layout.parts["dit"].names)
+        return net
+
+    def compiled() -> nn.Module:
+        for block in dit().blocks:
+            block.compile(backend="inductor" if step.device == "cuda" else "eager")
+        return dit()
+
+    dit = cache(ours)
+    both("sdv", dit)
+    both(IN_TORCH, dit, "reference")
+    if model.peers:
+        both("diffusers", cache(theirs))
+    both("sdv --compile", cache(compiled))
+    dit.cache_clear()
+    both("sdv, LoRA not merged", cache(partial(ours, step.rank)), same=False)
+
+
+@torch.no_grad()
+def vae(model: Model, book: Book) -> None:
+    """A clip in [-1, 1] and latents as the transformer sees them. Memory is beside the weights."""
+    step = model.step
+    with made_as(DTYPE, step.device):
+        own = model.layout.parts["vae"].build().eval()
+    latents, *_ = model.inputs("motion", 1)
+    clip = (torch.rand(1, 3, step.frames, step.height, step.width) * 2 - 1).to(step.device, DTYPE)
+    first = {}
+
+    @cache
+    def theirs() -> nn.Module:
+        net = stock_vae(model.configs["vae"], DTYPE, step.device)
+        share(own, net, model.layout.parts["vae"].names)
+        return net
+
+    def once(what: str, work: Callable[[], Tensor]) -> dict:
+        found, out = book.clock(work, beside=True)
+        truth = first.setdefault(what, out)
+        return found | ({"differs": relative_error(out, truth)} if truth is not out else {})
+
+    sides = {
+        "sdv": {"decode": lambda: own.decode(own.scaled(latents)), "encode": lambda: own.encode(clip)},
+        "diffusers": {
+            "decode": lambda: theirs().decode(latents, return_dict=False)[0],
+            "encode": lambda: own.scaled(theirs().encode(clip, return_dict=False)[0].mode()),
+        },
+    }
+    for who, ways in sides.items() if model.peers else [("sdv", sides["sdv"])]:
+        for what, work in ways.items():
+            book.row("vae", f"{model.name} {what}", who, 0, partial(once, what, work))
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=FULL, default=list(FULL))
+    parser.add_argument("--seconds", type=float, default=600, help="nothing is started that would end later")
+    parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/<GPU>]")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument(
+        "--warm", action="store_true", help="two layers, compiled; nothing is timed or written"
+    )
+    parser.add_argument("--dry", action="store_true", help="small, on the CPU")
+    args = parser.parse_args()
+    if not args.dry and not torch.cuda.is_available():
+        raise ValueError("no GPU, nothing to time: try --dry")
+    device = "cpu" if args.dry else "cuda"
+    repeats = 0 if args.warm else 1 if args.dry else 2
+    book = Book((args.out or folder_of(device)) / "fullsize.jsonl", args.seconds, device, repeats)
+    peers = not args.no_peers and importlib.util.find_spec("diffusers") is not None
+    torch.manual_seed(0)
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            layout, configs = open_model(name, Path(folder), args.dry, 2 if args.warm else None)
+        step = Step(layout.frames, layout.height, layout.width, device)
+        if args.dry:
+            step = replace(step, frames=9, height=32, width=64, rank=4, identity_batch=2)
+        model = Model(name, layout, configs, step, peers)
+        for part in (steps, denoise, vae, storage):
+            if part.__name__ in args.parts:
+                try:
+                    part(model, book)
+                except Exception as error:  # before its first row
+                    book.write({"part": part.__name__, "what": name, "who": "", "not run": repr(error)[:200]})
+
+
+if __name__ == "__main__":
+    run(main)
