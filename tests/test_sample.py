@@ -1,9 +1,11 @@
 """Sampling beside the whole stock pipeline, loaded by diffusers from a folder that we wrote."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import sample
 import weights
@@ -59,6 +61,20 @@ def test_the_lines_of_the_readme_give_our_prediction_in_a_stock_pipeline(tiny, b
     rope = pipe._prepare_rotary_positional_embeddings(64, 96, frames.shape[1], frames.device)
     theirs = pipe.transformer(frames, text, t, image_rotary_emb=rope).sample[:, 1:]
     assert relative_error(ours, theirs.transpose(1, 2)) <= 1e-4
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile makes C++ for a CPU")
+@torch.no_grad()
+def test_compiled_blocks_predict_the_same(backbone):
+    """As --compile has them: one graph for all blocks."""
+    counters.clear()
+    video, ref = torch.randn(1, 8, 3, 8, 12), torch.randn(1, 8, 1, 8, 12)
+    inputs = video, torch.tensor([400]), backbone.text(["a dog"]), ref
+    plain = backbone.dit(*inputs)
+    for block in backbone.dit.blocks:
+        block.compile()
+    assert relative_error(backbone.dit(*inputs), plain) <= 1e-5
+    assert counters["frames"]["ok"] == 1 and not counters["graph_break"]
 
 
 def test_guidance_is_on_the_text_alone(backbone):
