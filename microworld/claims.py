@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-from microworld import studio as toy
+from microworld import studio
 from sdv.data.media import write_image
 from sdv.run.settings import parse, run
 
-HERE = toy.ROOT / "benchmarks/claims"
+HERE = studio.ROOT / "benchmarks/claims"
 
 
 @dataclass(frozen=True)
@@ -105,29 +105,29 @@ CLAIMS = (
 def train_row(name: str, seed: int, cfg: Config) -> Path:
     """The adapter of one row."""
     study, half = Path(cfg.out).resolve(), cfg.steps // 2
-    data = toy.study_world(study, **{"pairs": cfg.pairs, "clips": cfg.clips} | COUNTS.get(name, {}))
-    out, settings = study / f"{toy.slug(name)}-{seed}", toy.STUDY | {"seed": seed}
+    data = studio.study_world(study, **{"pairs": cfg.pairs, "clips": cfg.clips} | COUNTS.get(name, {}))
+    out, settings = study / f"{studio.slug(name)}-{seed}", studio.STUDY | {"seed": seed}
     if name != "two-stage":
-        return toy.train(out, data, cfg.steps, **settings | ROWS[name])
-    first = toy.train(out / "images", data, half, **settings, p_video=0.0)
-    return toy.train(out / "videos", data, cfg.steps - half, **settings, p_video=1.0, adapter=first)
+        return studio.train(out, data, cfg.steps, **settings | ROWS[name])
+    first = studio.train(out / "images", data, half, **settings, p_video=0.0)
+    return studio.train(out / "videos", data, cfg.steps - half, **settings, p_video=1.0, adapter=first)
 
 
-def sheet(of: list[toy.Case], clips: list[torch.Tensor], rows: int = 5) -> torch.Tensor:
+def sheet(of: list[studio.Case], clips: list[torch.Tensor], rows: int = 5) -> torch.Tensor:
     """References with every fourth frame of their clips, the first prompt of each subject: (3, H, W)."""
     chosen = list(zip(of, clips, strict=True))[:: len(of) // rows][:rows]
     strips = [torch.cat([case.ref, *clip[:, ::4].unbind(1)], dim=-1) for case, clip in chosen]
     return torch.cat(strips, -2).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
-def judge_row(name: str, seed: int, cfg: Config, studio: toy.Studio, of: list[toy.Case]) -> dict:
+def judge_row(name: str, seed: int, cfg: Config, base: studio.Studio, of: list[studio.Case]) -> dict:
     start = time.perf_counter()
-    studio.put_on(train_row(name, seed, cfg))
+    base.put_on(train_row(name, seed, cfg))
     trained = time.perf_counter() - start
-    clips = studio.film(of)
+    clips = base.film(of)
     if seed == cfg.seeds[0]:
-        write_image(HERE / f"{toy.slug(name)}.png", sheet(of, clips))
-    means = toy.judge(clips, of)["mean"]
+        write_image(HERE / f"{studio.slug(name)}.png", sheet(of, clips))
+    means = studio.judge(clips, of)["mean"]
     about = {"row": name, "seed": seed, "steps": cfg.steps, "cases": len(of)}
     about["minutes"] = round(trained / 60, 1)
     return about | means | {"date": str(datetime.date.today())}
@@ -174,13 +174,13 @@ def main() -> None:
     if unknown:
         raise ValueError(f"--rows {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
     HERE.mkdir(exist_ok=True)
-    studio, of, table = toy.Studio(), toy.cases(cfg.cases), HERE / "claims.csv"
-    done = {(row["row"], row["seed"], row["steps"]) for row in toy.read_table(table)}
+    base, of, table = studio.Studio(), studio.cases(cfg.cases), HERE / "claims.csv"
+    done = {(row["row"], row["seed"], row["steps"]) for row in studio.read_table(table)}
     for seed in cfg.seeds:
         for name in cfg.rows or ROWS:
             if (name, str(seed), str(cfg.steps)) not in done:
-                print(json.dumps(toy.add_row(table, judge_row(name, seed, cfg, studio, of))))
-            (HERE / "claims.md").write_text(report(toy.read_table(table)))
+                print(json.dumps(studio.add_row(table, judge_row(name, seed, cfg, base, of))))
+            (HERE / "claims.md").write_text(report(studio.read_table(table)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from microworld import studio as toy
+from microworld import studio
 from microworld.demo_page import page
 from sdv.run.settings import parse, run
 
@@ -36,24 +36,24 @@ def main() -> None:
     out = Path(cfg.out).resolve()
 
     # 1, 2. Train on one world, probe on another one: its subjects come from other numbers.
-    data = toy.make_world(out / "world", pairs=cfg.pairs, clips=cfg.clips)
-    unseen = toy.make_world(out / "unseen", pairs=256, clips=16, seed=1)
+    data = studio.make_world(out / "world", pairs=cfg.pairs, clips=cfg.clips)
+    unseen = studio.make_world(out / "unseen", pairs=256, clips=16, seed=1)
     probe = {"val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "probe_every": 100}
-    fresh = toy.train(out / "run", data, cfg.steps, seed=cfg.seed, **probe)
+    fresh = studio.train(out / "run", data, cfg.steps, seed=cfg.seed, **probe)
 
     # 3. The same noise in every column.
-    studio, of = toy.Studio(), toy.cases(cfg.cases)
-    columns = {"base, no picture": None, f"fresh, {cfg.steps} steps": fresh, "shipped": toy.SHIPPED}
-    bar = tqdm(total=len(columns) * -(-len(of) // studio.batch) * studio.steps, desc="films", unit="step")
+    base, of = studio.Studio(), studio.cases(cfg.cases)
+    columns = {"base, no picture": None, f"fresh, {cfg.steps} steps": fresh, "shipped": studio.SHIPPED}
+    bar = tqdm(total=len(columns) * -(-len(of) // base.batch) * base.steps, desc="films", unit="step")
     films = {}
     for name, adapter in columns.items():
-        studio.put_on(adapter)
-        films[name] = studio.film(of, cfg.seed, with_ref=adapter is not None, progress=bar.update)
+        base.put_on(adapter)
+        films[name] = base.film(of, cfg.seed, with_ref=adapter is not None, progress=bar.update)
     bar.close()
-    films["a real render"] = toy.renders(of)
+    films["a real render"] = studio.renders(of)
 
     # 4, 5.
-    scores = {name: toy.judge(clips, of) for name, clips in films.items()}
+    scores = {name: studio.judge(clips, of) for name, clips in films.items()}
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     made = f"Made by make demo: {cfg.steps} steps on {cfg.pairs} pairs and {cfg.clips} clips, "
     made += f"{(time.perf_counter() - start) / 60:.1f} minutes in all."

@@ -11,11 +11,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from microworld import studio as toy
+from microworld import studio
 from sdv.run import report as diagnostics_report
 from sdv.run.settings import parse, run
 
-HERE = toy.ROOT / "benchmarks/gradients"
+HERE = studio.ROOT / "benchmarks/gradients"
 RUNS: dict[str, dict[str, object]] = {
     "full recipe": {},
     "image only": {"p_video": 0.0},
@@ -58,7 +58,7 @@ def cell(values: list[float]) -> str:
 def table(settled: int) -> str:
     lines = [f"| run | seeds | {' | '.join(COLUMNS)} |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name in RUNS:
-        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{toy.slug(name)}-*"))]
+        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{studio.slug(name)}-*"))]
         if runs:
             cells = [cell([one[column] for one in runs if column in one]) for column in COLUMNS]
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
@@ -68,25 +68,25 @@ def table(settled: int) -> str:
 def main() -> None:
     cfg = parse(Config, __doc__)
     out = Path(cfg.out).resolve()
-    data = toy.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
-    unseen = toy.make_world(out / "unseen", pairs=512, clips=64, seed=1)
+    data = studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
+    unseen = studio.make_world(out / "unseen", pairs=512, clips=64, seed=1)
     probe = {
         "val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0,
         "probe_every": cfg.every, "val_batches": 8,  # micro-batches that a half of the probe averages
     }  # fmt: skip
     for seed in cfg.seeds:
         for name in cfg.runs:
-            kept = HERE / f"{toy.slug(name)}-{seed}"
+            kept = HERE / f"{studio.slug(name)}-{seed}"
             if kept.is_dir():
                 continue
             folder = out / kept.name
-            toy.train(folder, data, cfg.steps, seed=seed, **toy.STUDY, **probe, **RUNS[name])
+            studio.train(folder, data, cfg.steps, seed=seed, **studio.STUDY, **probe, **RUNS[name])
             kept.mkdir(parents=True)
             for file in ("probes.jsonl", "config.json"):
                 shutil.copyfile(folder / file, kept / file)
             (HERE / "table.md").write_text(table(cfg.settled))
             print(diagnostics_report.cost(folder))
-    drawn = [HERE / f"{toy.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
+    drawn = [HERE / f"{studio.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
     runs = [(diagnostics_report.name_of(one), diagnostics_report.read(one)) for one in drawn]
     (HERE / "probes.png").write_bytes(diagnostics_report.draw(runs))
     print(table(cfg.settled))
