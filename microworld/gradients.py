@@ -6,6 +6,7 @@ Runs of the full recipe, of image only (p = 0) and of PCGrad with the paper's bu
 held-out batches. Into benchmarks/gradients: the probes of each run, a table of means, one plot.
 """
 
+import json
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -35,6 +36,29 @@ class Config:
     pairs: int = 2000  # picture pairs
     clips: int = 64  # clips of other subjects
     out: str = "out/study"  # worlds and runs
+
+
+def thin(rows: list[dict], drawn: bool) -> list[dict]:
+    """What the table, and for a run that is drawn the picture, show of its probes.
+
+    Of the subspaces their overlap and energy, two digits and no angles; its parts at the last probe.
+    """
+    columns = [column for column in rows[0]["columns"] if not column.endswith("est")]
+    at = [rows[0]["columns"].index(column) for column in columns]
+
+    def few(cells: list[float | None]) -> list[float | None]:
+        return [None if cells[i] is None else round(cells[i], 2) for i in at]
+
+    kept = []
+    for row in rows:
+        modules = row["modules"] if drawn else {}
+        modules = {
+            path: {kind: few(cells) for kind, cells in kinds.items()} for path, kinds in modules.items()
+        }
+        no_parts = {"layer": dict.fromkeys(row["layer"], {}), "group": {}, "factor": {}}
+        last = drawn and row is rows[-1]
+        kept.append(row | {"columns": columns, "modules": modules} | ({} if last else no_parts))
+    return kept
 
 
 def means(folder: Path, settled: int) -> dict[str, float]:
@@ -82,8 +106,9 @@ def main() -> None:
             folder = out / kept.name
             studio.train(folder, data, cfg.steps, seed=seed, **studio.STUDY, **probe, **RUNS[name])
             kept.mkdir(parents=True)
-            for file in ("probes.jsonl", "config.json"):
-                shutil.copyfile(folder / file, kept / file)
+            shutil.copyfile(folder / "config.json", kept / "config.json")
+            probes = map(json.dumps, thin(diagnostics_report.read(folder), seed == cfg.seeds[0]))
+            (kept / "probes.jsonl").write_text("".join(f"{line}\n" for line in probes))
             (HERE / "table.md").write_text(table(cfg.settled))
             print(diagnostics_report.cost(folder))
     drawn = [HERE / f"{studio.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]

@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 
-from microworld import demo_page
-from microworld import studio
+from microworld import demo_page, studio
 from sdv.data.media import read_clip
 from sdv.run import report as diagnostics_report
 

@@ -1,4 +1,4 @@
-"""How the micro-world's base is made: its optimisers beside torch's, its whitening, and runs that are stopped."""
+"""How the micro-world's base is made: optimisers beside torch's, whitening, runs that are stopped."""
 
 import pytest
 import torch
