@@ -33,7 +33,7 @@ class Config:
     steps: int = 1000  # of each run (paper: the first 1,000)
     every: int = 50  # steps between probes (paper: 5 to 50)
     settled: int = 100  # the table's means begin after this step
-    pairs: int = 2000  # picture pairs
+    pairs: int = 4000  # picture pairs
     clips: int = 64  # clips of other subjects
     out: str = "out/study"  # worlds and runs
 

@@ -61,7 +61,7 @@ def main() -> None:
             settings = {"backbone": backbone, "ref_position": place, "seed": seed} | sizes | studio.STUDY
             folder = out / f"{place}-{seed}"
             base.put_on(studio.train(folder, data, cfg.steps, **settings))
-            seen = studio.judge(base.film(of), of)["mean"]
+            seen = studio.judge(base.film(of, guidance=3.0, ref_guidance=1.0), of)["mean"]
             row = {"place": place, "seed": seed, "steps": cfg.steps} | losses(folder, cfg.steps - cfg.last)
             row |= {measure: seen[measure] for measure in MEASURES} | {"date": datetime.date.today()}
             print(json.dumps(studio.add_row(FILE, row)))

@@ -29,6 +29,7 @@ import sample
 from microworld import metrics, world
 from microworld.learner import Inputs, Learner, Recipe, run
 from microworld.sizes import FAMILIES, FRAMES, SIZE
+from microworld.studio import BASE_GUIDANCE, TOY
 from sdv.data.media import from_uint8, write_image
 from sdv.models import cogvideox_vae, wan_vae
 from sdv.models.causal_conv import CausalConv, conv2d
@@ -71,7 +72,6 @@ BATCH = {"vae": 8, "whiten": 256, "dit": 64}
 PICTURES_A_CLIP = 6  # in a step of pictures, which costs about what one of clips does
 LATER = 1_000_000  # pictures are of scenes from this one on, so that they show others than the clips do
 BLOCKS = cogvideox_vae.Block, wan_vae.Block
-TOY = Path(__file__).resolve().parent.parent / "weights/toy"
 
 
 def home(cfg: Config) -> Path:
@@ -366,13 +366,10 @@ def new_scenes(count: int) -> list[world.Scene]:
     return [wanted for i in range(count) for wanted in world.heldout(i)[1]][:count]
 
 
-GUIDANCE = 3.0  # of the films that the base is judged by; the 5B's 6 makes this small model's colours glow
-
-
 def film(backbone: Backbone, prompts: list[str], seed: int, device: str, steps: int = 25) -> Tensor:
     """Text-to-video: prompts -> clips (B, 3, T, H, W)."""
     cfg = sample.Config(
-        backbone="", prompt=(), steps=steps, guidance=GUIDANCE, height=SIZE, width=SIZE, frames=FRAMES,
+        backbone="", steps=steps, guidance=BASE_GUIDANCE, height=SIZE, width=SIZE, frames=FRAMES,
         fps=8.0, device=device, dtype="bfloat16",
     )  # fmt: skip
     cfg = sample.with_defaults(cfg, backbone.layout)
