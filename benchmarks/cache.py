@@ -16,17 +16,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import weights
-from benchmarks import turns
+from benchmarks import alternating
 from microworld import studio
 from sdv.data.cache import Cache, Networks
 from sdv.data.media import from_uint8
 from sdv.data.rows import Clips, Pairs
 from sdv.run import parallel
+from sdv.run.settings import run
 
 WORLD = studio.ROOT / "out/cache-benchmark"
 PAIRS, CLIPS = 256, 32
@@ -49,7 +51,8 @@ def ours(folder: Path) -> dict[str, float]:
     networks = Networks(lambda x: backbone.vae.encode(x.bfloat16()), backbone.text)
     prompts = {source.prompt(row) for source in sources for row in source.rows}
     with torch.no_grad():
-        return turns.measured(lambda: cache.fill(sources, prompts, lambda: networks, rank, world))
+        fill = partial(cache.fill, sources, prompts, lambda: networks, rank, world, parallel.wait)
+        return alternating.measured(fill)
 
 
 def theirs(folder: Path) -> dict[str, float]:
@@ -79,7 +82,7 @@ def theirs(folder: Path) -> dict[str, float]:
                 torch.save(kept, folder / f"{type(source).__name__}-{i}.pt")
 
     with torch.no_grad():
-        return turns.measured(work)
+        return alternating.measured(work)
 
 
 def main() -> None:
@@ -93,7 +96,7 @@ def main() -> None:
             print(json.dumps({"ours": ours, "diffusers": theirs}[args.child](Path(folder))))
         return
     studio.make_world(WORLD, pairs=PAIRS, clips=CLIPS)
-    taken = turns.take("benchmarks.cache", ("ours", "diffusers"), args.pairs)
+    taken = alternating.run("benchmarks.cache", ("ours", "diffusers"), args.pairs)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "benchmarks.cache"]
     taken["two"] = [
         json.loads(subprocess.check_output([sys.executable, *launch, "--child", "ours"]).splitlines()[-1])
@@ -111,8 +114,8 @@ def main() -> None:
             writer.writerow([side, seconds, frames / seconds, memory, *about])
             print(f"{side:10}{seconds:7.2f} s {frames / seconds:7.1f} frames/s {memory:6.2f} GB")
     for field in FIELDS:
-        print(f"ours / diffusers, {field}: {turns.compare(taken, field)[2]:.2f}")
+        print(f"ours / diffusers, {field}: {alternating.compare(taken, field)[2]:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,10 +32,10 @@ from microworld.sizes import FAMILIES, FRAMES, SIZE
 from microworld.studio import BASE_GUIDANCE, TOY
 from sdv.data.media import from_uint8, write_image
 from sdv.models import cogvideox_vae, wan_vae
-from sdv.models.causal_conv import CausalConv, conv2d
+from sdv.models.causal_conv import CausalConv
 from sdv.models.cogvideox_dit import CogVideoXDiT
-from sdv.models.video_vae import VideoVAE
 from sdv.run import settings
+from sdv.run.settings import Count, CountOrNone
 from sdv.seeds import generator
 from weights import Backbone, load_backbone, open_backbone, tiny
 from weights.tensors import save_module
@@ -47,16 +47,20 @@ CUDA = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Config:
+    """how the base is made"""
+
     stage: str  # new, vae, whiten, latents, dit or score
-    steps: int = 0  # of the stage, on which the rate's fall depends; of score, its prompts (0: the recipe's)
-    batch: int = 0  # frames of a step of vae and whiten, clips of one of dit (0: the recipe's)
-    clips: int = 30_000  # drawn for stage dit; the VAE sees single frames of them
-    pictures: int = 48_000  # drawn beside them
+    steps: CountOrNone = (
+        0  # of the stage, on which the rate's fall depends; of score, its prompts (0: the recipe's)
+    )
+    batch: CountOrNone = 0  # frames of a step of vae and whiten, clips of one of dit (0: the recipe's)
+    clips: Count = 30_000  # drawn for stage dit; the VAE sees single frames of them
+    pictures: Count = 48_000  # drawn beside them
     family: str = "cogvideox"  # or wan: of which classes the model is
     t_shift: float = 1.0  # above 1, stage dit trains at noisier times, as train.py's --t-shift
     out: str = "out/base"  # frames, latents, state, logs, pictures to look at
-    save_every: int = 250  # steps between saves
-    threads: int = os.cpu_count() or 1  # of the CPU, and processes that draw
+    save_every: Count = 250  # steps between saves
+    threads: Count = os.cpu_count() or 1  # of the CPU, and processes that draw
     device: str = "cuda" if CUDA else "cpu"  # where it runs
 
 
@@ -72,6 +76,7 @@ BATCH = {"vae": 8, "whiten": 256, "dit": 64}
 PICTURES_A_CLIP = 6  # in a step of pictures, which costs about what one of clips does
 LATER = 1_000_000  # pictures are of scenes from this one on, so that they show others than the clips do
 BLOCKS = cogvideox_vae.Block, wan_vae.Block
+VAE = cogvideox_vae.CogVideoXVAE | wan_vae.WanVAE
 
 
 def home(cfg: Config) -> Path:
@@ -159,33 +164,32 @@ def pixels(frames: np.ndarray, device: str) -> Tensor:
 # ── Stages vae and whiten: frames of the world, one at a time ───────────────────────────────────────────
 
 
-def lone_frames(vae: VideoVAE) -> VideoVAE:
-    """Make a VAE treat its batch as lone frames, with a third of the work: a convolution's newest tap only.
+def causal_convs(vae: VAE) -> list[CausalConv]:
+    return [module for module in vae.modules() if isinstance(module, CausalConv)]
 
-    The other two taps start at zero and stay there: the finished VAE codes every frame of a clip by itself.
+
+def learn_newest_taps(vae: VAE) -> None:
+    """Leave a convolution's other two taps at zero, where prepare puts them, by giving them no gradient.
+
+    The finished VAE codes every frame of a clip by itself. Called when the parameters have their type.
+    After a start of zeros a picture meets the newest tap only.
     """
-
-    def forward(conv: CausalConv, x: Tensor, stream, act=None, residual: Tensor | None = None) -> Tensor:
-        band = x[0] if act is None else act.activate(x, slice(1), 0, x.shape[2])[0]
-        y = conv2d(band, conv.weight[:, :, 2], conv.bias, padding=1)[None]  # (1, B, H, W, O)
-        return y if residual is None else y + residual
-
-    for conv in (module for module in vae.modules() if isinstance(module, CausalConv)):
-        conv.forward = forward.__get__(conv)
-    return vae
+    for conv in causal_convs(vae):
+        if not conv.zero_start:
+            conv.weight.register_hook(lambda grad: F.pad(grad[:, :, 2:], (0, 0, 0, 0, 2, 0)))
 
 
 @torch.no_grad()
 def prepare(module: nn.Module) -> None:
     """A start that learns fast, of a random network: what it adds to its input is nothing yet."""
-    if isinstance(module, VideoVAE):
-        for conv in (part for part in module.modules() if isinstance(part, CausalConv)):
+    if isinstance(module, VAE):
+        for conv in causal_convs(module):
             conv.weight *= 3**0.5  # filters of one frame: a third of the inputs is left
             conv.weight[:, :, :2] = 0
         for block in (part for part in module.modules() if isinstance(part, BLOCKS)):
             nn.init.zeros_(block.conv2.weight)
         last = module.encoder.posterior if isinstance(module, wan_vae.WanVAE) else module.encoder.conv_out
-        last.bias[module.latent_channels :] = -6.0  # little noise on the latents
+        last.bias[module.cfg.latent_channels :] = -6.0  # little noise on the latents
     if isinstance(module, CogVideoXDiT):
         for block in module.blocks:
             for linear in (block.mod1, block.mod2):
@@ -207,7 +211,7 @@ def whiten(vae: cogvideox_vae.CogVideoXVAE, frames: Tensor) -> None:
     """
     mean = vae.posterior(frames)[0].float().transpose(0, 1).flatten(1)  # (C, N T h w)
     centre, size = mean.mean(1), mean.std(1)
-    count, last = vae.latent_channels, vae.encoder.conv_out
+    count, last = vae.cfg.latent_channels, vae.encoder.conv_out
     last.weight[:count] /= size.view(-1, 1, 1, 1, 1)
     last.bias[:count] = (last.bias[:count] - centre) / size
     last.bias[count:] -= 2 * size.log()  # the log-variance
@@ -229,7 +233,7 @@ def train_vae(cfg: Config) -> None:
         lone = np.sort(rng.integers(len(seen["pictures"]), size=batch - half))
         return np.concatenate([seen["clips"][moving], seen["pictures"][lone, 0]])
 
-    vae = lone_frames(load_part("vae", cfg))
+    vae = load_part("vae", cfg)
     if stage == "whiten" and not file.is_file():
         if cfg.family != "cogvideox":
             raise ValueError("--stage whiten: a Wan's config has the mean and deviation of each channel")
@@ -237,14 +241,15 @@ def train_vae(cfg: Config) -> None:
         whiten(vae, pixels(some, cfg.device).float())
         set_vae(cfg, scaling_factor=1.0)
         save_part("vae", vae, cfg)
-        vae = lone_frames(load_part("vae", cfg))
+        vae = load_part("vae", cfg)
     learner = learner_of(vae, stage, cfg)
+    learn_newest_taps(vae)
     held = [world.render(world.scene(i, 1, "heldout"), SIZE)[0] for i in range(48)]
     held = pixels(np.stack(held), cfg.device)
 
     def draw(step: int) -> tuple[str, Inputs]:
         x = pixels(frames(step), cfg.device)
-        shape = len(x), vae.latent_channels, 1, *(side // vae.spatial_ratio for side in x.shape[3:])
+        shape = len(x), vae.cfg.latent_channels, 1, *(side // vae.cfg.spatial_ratio for side in x.shape[3:])
         return "loss", {"x": x, "noise": noise_of(shape, 2, step, cfg.device).bfloat16()}
 
     def loss_of(inputs: Inputs) -> Tensor:
@@ -290,8 +295,8 @@ def show(path: Path, clips: Tensor, scale: int = 3) -> None:
 
 @torch.no_grad()
 def make_latents(cfg: Config) -> None:
-    def eyes() -> VideoVAE:
-        return lone_frames(load_backbone(home(cfg), cfg.device, torch.bfloat16, ("vae",)).vae)
+    def eyes() -> VAE:
+        return load_backbone(home(cfg), cfg.device, torch.bfloat16, ("vae",)).vae
 
     for kind, frames in world_frames(cfg).items():
         vae, latents, step = eyes(), [], 2048 // frames.shape[1] if CUDA else 16
