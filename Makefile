@@ -4,6 +4,10 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 
+# Threads that wait sleep instead of spinning: beside another busy process a spinning one keeps the core from the
+# very thread that it waits for.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo films chain test test-triton base lint clean
 
 $(VENV)/run: pyproject.toml constraints.txt          # enough to train, sample and plot
@@ -41,9 +45,9 @@ test-triton: $(VENV)/dev
 	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m pytest tests/test_hopper.py
 	PYTHONPATH=out/triton-$(TRITON) $(RUN) -m kernels.bench --lint --sample
 
-# The micro-world's base model from nothing; every stage goes on where it was stopped.
+# The micro-world's base model from nothing, on a GPU if there is one; every stage goes on where it was stopped.
 base: $(VENV)/run
-	for stage in new vae latents dit score; do $(RUN) -m microworld.pretrain --stage $$stage || exit 1; done
+	for stage in new vae whiten latents dit score; do $(RUN) -m microworld.pretrain --stage $$stage || exit 1; done
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -23,27 +23,29 @@ import torch
 
 import weights
 from benchmarks import alternating
-from microworld import studio as toy
+from microworld import studio
 from sdv.data.cache import Cache, Networks
 from sdv.data.media import from_uint8
 from sdv.data.rows import Clips, Pairs
 from sdv.run import parallel
 from sdv.run.settings import run
 
-WORLD = toy.ROOT / "out/cache-benchmark"
+WORLD = studio.ROOT / "out/cache-benchmark"
 PAIRS, CLIPS = 256, 32
 FIELDS = "seconds", "gigabytes"
 
 
 def rows() -> tuple[Pairs, Clips]:
-    layout = weights.open_backbone(toy.TOY)
+    layout = weights.open_backbone(studio.TOY)
     sides = layout.height, layout.width
     return Pairs(WORLD / "pairs", *sides), Clips(WORLD / "clips", layout.frames, layout.fps, *sides)
 
 
 def ours(folder: Path) -> dict[str, float]:
     rank, world, _ = parallel.start("cpu")
-    backbone = weights.load_backbone(toy.TOY, "cpu", torch.bfloat16, ("vae", "text"), log=lambda line: None)
+    backbone = weights.load_backbone(
+        studio.TOY, "cpu", torch.bfloat16, ("vae", "text"), log=lambda line: None
+    )
     files = (weights.sources(backbone.layout, (part,)) for part in ("vae", "text"))
     cache, sources = Cache(folder, *files, "bfloat16"), rows()
     networks = Networks(lambda x: backbone.vae.encode(x.bfloat16()), backbone.text)
@@ -58,10 +60,10 @@ def theirs(folder: Path) -> dict[str, float]:
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5EncoderModel, T5Tokenizer
 
-    vae = AutoencoderKLCogVideoX.from_pretrained(toy.TOY / "vae", torch_dtype=torch.bfloat16)
-    text = T5EncoderModel.from_pretrained(toy.TOY / "text_encoder", torch_dtype=torch.bfloat16)
-    tokenizer = T5Tokenizer.from_pretrained(toy.TOY / "tokenizer")
-    length = weights.open_backbone(toy.TOY).text_tokens
+    vae = AutoencoderKLCogVideoX.from_pretrained(studio.TOY / "vae", torch_dtype=torch.bfloat16)
+    text = T5EncoderModel.from_pretrained(studio.TOY / "text_encoder", torch_dtype=torch.bfloat16)
+    tokenizer = T5Tokenizer.from_pretrained(studio.TOY / "tokenizer")
+    length = weights.open_backbone(studio.TOY).text_tokens
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         return vae.encode(from_uint8(x)[None].bfloat16()).latent_dist.mean * vae.config.scaling_factor
@@ -93,7 +95,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps({"ours": ours, "diffusers": theirs}[args.child](Path(folder))))
         return
-    toy.make_world(WORLD, pairs=PAIRS, clips=CLIPS)
+    studio.make_world(WORLD, pairs=PAIRS, clips=CLIPS)
     taken = alternating.run("benchmarks.cache", ("ours", "diffusers"), args.pairs)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "benchmarks.cache"]
     taken["two"] = [
@@ -101,7 +103,7 @@ def main() -> None:
         for _ in range(args.pairs)
     ]
     # A frame of a picture or clip that goes through the VAE, every clip's twice.
-    frames = 2 * PAIRS + CLIPS * 2 * weights.open_backbone(toy.TOY).frames
+    frames = 2 * PAIRS + CLIPS * 2 * weights.open_backbone(studio.TOY).frames
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["side", "seconds", "frames a second", "GB", "pairs", "machine", "date"])

@@ -4,11 +4,13 @@
     python -m microworld.claims --rows "full recipe" "image only"
 
 Each run's numbers go to benchmarks/claims/claims.csv as soon as they are there, with a picture a row, and
-claims.md is made of them. All rows film the same subjects, never trained on, from the same noise. A run that
-microworld.gradients made is not trained again: its probe changes no bit of training.
+claims.md is made of them: a table for each guidance on the reference, which dropout makes possible. All rows
+film the same subjects, never trained on, from the same noise. A run that microworld.gradients made is not
+trained again: its probe changes no bit of training.
 """
 
 import datetime
+import itertools
 import json
 import statistics
 import time
@@ -19,21 +21,22 @@ from typing import NamedTuple
 
 import torch
 
-from microworld import studio as toy
+from microworld import studio
 from sdv.data.media import write_image
 from sdv.run.settings import parse, run
 
-HERE = toy.ROOT / "benchmarks/claims"
+HERE = studio.ROOT / "benchmarks/claims"
 
 
 @dataclass(frozen=True)
 class Config:
     rows: tuple[str, ...] = ()  # which of them; all if not given
     seeds: tuple[int, ...] = (0, 1, 2)  # of training; films use seed 0
-    steps: int = 1000  # of each run
-    pairs: int = 2000  # picture pairs
+    steps: int = 1500  # of each run
+    pairs: int = 4000  # picture pairs
     clips: int = 64  # clips of other subjects
-    cases: int = 40  # videos a run is judged by
+    cases: int = 40  # videos a run is judged by, for each guidance
+    ref_guidance: tuple[float, ...] = (1.0, studio.REF_GUIDANCE)  # on the reference; 1: none
     out: str = "out/study"  # worlds and runs
 
 
@@ -53,15 +56,16 @@ ROWS: dict[str, dict[str, object]] = {  # settings of train.py that differ from 
     "LoRA on the reference": {"lora_tokens": "ref"},
     "no <cls>": {"cls_token": ""},
     "PCGrad, buffer 4": {"pcgrad": "buffer-4"},
-    "400 pairs": {},
+    "800 pairs": {},
     "8 clips": {},
 }
-COUNTS = {"400 pairs": {"pairs": 400}, "8 clips": {"clips": 8}}
+COUNTS = {"800 pairs": {"pairs": 800}, "8 clips": {"clips": 8}}
+IDENTITY = ("top1", "colour")  # what a claim about identity is judged by
 MEASURES = ("top1", "top5", "colour", "shape", "motion", "dynamic", "background", "layout", "copied")
 
 
 class Claim(NamedTuple):
-    """`row` has more (sign 1) or less (sign -1) of a measure than `than`."""
+    """`row` has more (sign 1) or less (sign -1) of a measure, or of "identity", than `than`."""
 
     words: str
     paper: str
@@ -75,27 +79,28 @@ CLAIMS = (
     Claim("image only freezes motion", "DD 0.8 against 69.6", "dynamic", "image only", -1, "full recipe"),
     Claim("image only: motion is not as asked", "", "motion", "image only", -1, "full recipe"),
     Claim("two stages forget", "CLIP-T 28.96 against 32.69", "background", "two-stage", -1, "full recipe"),
-    Claim("two stages: identity is higher", "DINO-I 76 against 63", "colour", "two-stage", 1, "full recipe"),
+    Claim("two stages: identity is higher", "DINO-I 76 against 63", "identity", "two-stage", 1,
+          "full recipe"),
     Claim("first frame, no dropout: it pastes", "", "copied", "first frame, no dropout", 1, "full recipe"),
-    Claim("first frame, no dropout: identity is higher", "", "colour", "first frame, no dropout", 1,
+    Claim("first frame, no dropout: identity is higher", "", "identity", "first frame, no dropout", 1,
           "full recipe"),
     Claim("first frame moves less", "DD 37.8 against 69.6", "dynamic", "first frame", -1, "full recipe"),
     Claim("no dropout moves less", "DD 63.0 against 69.6", "dynamic", "no dropout", -1, "full recipe"),
-    Claim("no dropout costs identity", "DINO-I 58 against 63", "colour", "no dropout", -1, "full recipe"),
-    Claim("reference always dropped: identity is lost", "DINO-I 48.7 against 62.9", "colour",
+    Claim("no dropout costs identity", "DINO-I 58 against 63", "identity", "no dropout", -1, "full recipe"),
+    Claim("reference always dropped: identity is lost", "DINO-I 48.7 against 62.9", "identity",
           "reference always dropped", -1, "full recipe"),
-    Claim("switching learns identity", "DINO-I 62.9", "colour", "full recipe", 1, "video only"),
-    Claim("p = 0.6 costs identity", "CLIP-I 76.7 against 77.1", "colour", "p = 0.6", -1, "full recipe"),
-    Claim("p = 0.4 costs identity", "DINO-I 57 against 63", "colour", "p = 0.4", -1, "full recipe"),
-    Claim("p = 0.1 has more identity", "", "colour", "p = 0.1", 1, "full recipe"),
+    Claim("switching learns identity", "DINO-I 62.9", "identity", "full recipe", 1, "video only"),
+    Claim("p = 0.6 costs identity", "CLIP-I 76.7 against 77.1", "identity", "p = 0.6", -1, "full recipe"),
+    Claim("p = 0.4 costs identity", "DINO-I 57 against 63", "identity", "p = 0.4", -1, "full recipe"),
+    Claim("p = 0.1 has more identity", "", "identity", "p = 0.1", 1, "full recipe"),
     Claim("p = 0.1 moves less as asked", "", "motion", "p = 0.1", -1, "full recipe"),
-    Claim("dropping tokens costs identity", "", "colour", "dropout of tokens", -1, "full recipe"),
+    Claim("dropping tokens costs identity", "", "identity", "dropout of tokens", -1, "full recipe"),
     Claim("8 clips instead of 64 lose motion", "few are enough", "motion", "8 clips", -1, "full recipe"),
-    Claim("8 clips instead of 64 cost identity", "", "colour", "8 clips", -1, "full recipe"),
-    Claim("400 pairs instead of 2,000 cost identity", "", "colour", "400 pairs", -1, "full recipe"),
-    Claim("PCGrad costs identity", "DINO-I 56 against 63", "colour", "PCGrad, buffer 4", -1, "full recipe"),
-    Claim("LoRA on the reference learns less", "", "colour", "LoRA on the reference", -1, "full recipe"),
-    Claim("<cls> helps identity", "DINO-I 57.5 without", "colour", "no <cls>", -1, "full recipe"),
+    Claim("8 clips instead of 64 cost identity", "", "identity", "8 clips", -1, "full recipe"),
+    Claim("800 pairs instead of 4,000 cost identity", "", "identity", "800 pairs", -1, "full recipe"),
+    Claim("PCGrad costs identity", "DINO-I 56 against 63", "identity", "PCGrad, buffer 4", -1, "full recipe"),
+    Claim("LoRA on the reference learns less", "", "identity", "LoRA on the reference", -1, "full recipe"),
+    Claim("<cls> helps identity", "DINO-I 57.5 without", "identity", "no <cls>", -1, "full recipe"),
 )  # fmt: skip
 
 
@@ -105,32 +110,35 @@ CLAIMS = (
 def train_row(name: str, seed: int, cfg: Config) -> Path:
     """The adapter of one row."""
     study, half = Path(cfg.out).resolve(), cfg.steps // 2
-    data = toy.study_world(study, **{"pairs": cfg.pairs, "clips": cfg.clips} | COUNTS.get(name, {}))
-    out, settings = study / f"{toy.slug(name)}-{seed}", toy.STUDY | {"seed": seed}
+    data = studio.study_world(study, **{"pairs": cfg.pairs, "clips": cfg.clips} | COUNTS.get(name, {}))
+    out, settings = study / f"{studio.slug(name)}-{seed}", studio.STUDY | {"seed": seed}
     if name != "two-stage":
-        return toy.train(out, data, cfg.steps, **settings | ROWS[name])
-    first = toy.train(out / "images", data, half, **settings, p_video=0.0)
-    return toy.train(out / "videos", data, cfg.steps - half, **settings, p_video=1.0, adapter=first)
+        return studio.train(out, data, cfg.steps, **settings | ROWS[name])
+    first = studio.train(out / "images", data, half, **settings, p_video=0.0)
+    return studio.train(out / "videos", data, cfg.steps - half, **settings, p_video=1.0, adapter=first)
 
 
-def sheet(of: list[toy.Case], clips: list[torch.Tensor], rows: int = 5) -> torch.Tensor:
+def sheet(of: list[studio.Case], clips: list[torch.Tensor], rows: int = 5) -> torch.Tensor:
     """References with every fourth frame of their clips, the first prompt of each subject: (3, H, W)."""
     chosen = list(zip(of, clips, strict=True))[:: len(of) // rows][:rows]
     strips = [torch.cat([case.ref, *clip[:, ::4].unbind(1)], dim=-1) for case, clip in chosen]
-    return torch.cat(strips, -2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return torch.cat(strips, -2)
 
 
-def judge_row(name: str, seed: int, cfg: Config, studio: toy.Studio, of: list[toy.Case]) -> dict:
+def judge_row(
+    name: str, seed: int, cfg: Config, base: studio.Studio, of: list[studio.Case], v: float
+) -> dict:
+    """One row of the table: a run's films at a guidance v on the reference."""
     start = time.perf_counter()
-    studio.put_on(train_row(name, seed, cfg))
+    base.put_on(train_row(name, seed, cfg))
     trained = time.perf_counter() - start
-    clips = studio.film(of)
-    if seed == cfg.seeds[0]:
-        write_image(HERE / f"{toy.slug(name)}.png", sheet(of, clips))
-    means = toy.judge(clips, of)["mean"]
-    about = {"row": name, "seed": seed, "steps": cfg.steps, "cases": len(of)}
+    clips = base.film(of, ref_guidance=v)
+    if seed == cfg.seeds[0] and v == cfg.ref_guidance[-1]:
+        write_image(HERE / f"{studio.slug(name)}.png", sheet(of, clips))
+    means = studio.judge(clips, of)["mean"]
+    about = {"row": name, "seed": seed, "steps": cfg.steps, "ref_guidance": v, "cases": len(of)}
     about["minutes"] = round(trained / 60, 1)
-    return about | means | {"date": str(datetime.date.today())}
+    return about | {measure: means[measure] for measure in MEASURES} | {"date": str(datetime.date.today())}
 
 
 # ── Words ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,11 +148,14 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def verdict(claim: Claim, found: dict[str, dict[str, list[float]]]) -> str:
+Found = dict[str, dict[str, list[float]]]  # {row: {measure: a value for each seed}}
+
+
+def verdict(claim: Claim, measure: str, found: Found) -> str:
     """Shown or refuted only if the means differ by more than both rows' spreads over seeds together."""
     if claim.row not in found or claim.than not in found:
         return "not run"
-    a, b = (found[name][claim.measure] for name in (claim.row, claim.than))
+    a, b = (found[name][measure] for name in (claim.row, claim.than))
     if min(len(a), len(b)) < 3:
         return f"{statistics.mean(a):.2f} against {statistics.mean(b):.2f}, too few seeds"
     gap = claim.sign * (statistics.mean(a) - statistics.mean(b))
@@ -153,19 +164,28 @@ def verdict(claim: Claim, found: dict[str, dict[str, list[float]]]) -> str:
     return f"{word} ({statistics.mean(a):.2f} against {statistics.mean(b):.2f})"
 
 
-def report(rows: list[dict]) -> str:
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        for measure in MEASURES:
-            found[row["row"]][measure].append(float(row[measure]))
-    lines = ["# Rows and verdicts\n", "By `python -m microworld.claims`: means over seeds ± deviation.\n"]
-    lines += ["| row | seeds | " + " | ".join(MEASURES) + " |", "|---|---:|" + "---:|" * len(MEASURES)]
+def section(found: Found) -> str:
+    """Rows and verdicts at one guidance."""
+    lines = ["| row | seeds | " + " | ".join(MEASURES) + " |", "|---|---:|" + "---:|" * len(MEASURES)]
     for name in (name for name in ROWS if name in found):
         cells = [f"{statistics.mean(v):.2f} ± {spread(v):.2f}" for v in (found[name][m] for m in MEASURES)]
         lines.append(f"| {name} | {len(found[name]['top1'])} | " + " | ".join(cells) + " |")
-    lines += ["\n| claim | the paper | measure | verdict |", "|---|---|---|---|"]
-    lines += [f"| {c.words} | {c.paper} | {c.measure} | {verdict(c, found)} |" for c in CLAIMS]
+    lines += ["", "| claim | the paper | measure | verdict |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        for measure in IDENTITY if claim.measure == "identity" else (claim.measure,):
+            lines.append(f"| {claim.words} | {claim.paper} | {measure} | {verdict(claim, measure, found)} |")
     return "\n".join(lines) + "\n"
+
+
+def report(rows: list[dict]) -> str:
+    text = "# Rows and verdicts\n\nBy `python -m microworld.claims`: means over seeds ± deviation.\n"
+    for v in dict.fromkeys(row["ref_guidance"] for row in rows):
+        found: Found = defaultdict(lambda: defaultdict(list))
+        for row in (row for row in rows if row["ref_guidance"] == v):
+            for measure in MEASURES:
+                found[row["row"]][measure].append(float(row[measure]))
+        text += f"\n## Guidance on the reference {float(v):g}, on the text none\n\n{section(found)}"
+    return text
 
 
 def main() -> None:
@@ -174,13 +194,12 @@ def main() -> None:
     if unknown:
         raise ValueError(f"--rows {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
     HERE.mkdir(exist_ok=True)
-    studio, of, table = toy.Studio(), toy.cases(cfg.cases), HERE / "claims.csv"
-    done = {(row["row"], row["seed"], row["steps"]) for row in toy.read_table(table)}
-    for seed in cfg.seeds:
-        for name in cfg.rows or ROWS:
-            if (name, str(seed), str(cfg.steps)) not in done:
-                print(json.dumps(toy.add_row(table, judge_row(name, seed, cfg, studio, of))))
-            (HERE / "claims.md").write_text(report(toy.read_table(table)))
+    base, of, table = studio.Studio(), studio.cases(cfg.cases), HERE / "claims.csv"
+    done = {(row["row"], row["seed"], row["steps"], row["ref_guidance"]) for row in studio.read_table(table)}
+    for seed, name, v in itertools.product(cfg.seeds, cfg.rows or ROWS, cfg.ref_guidance):
+        if (name, str(seed), str(cfg.steps), f"{v:.4g}") not in done:
+            print(json.dumps(studio.add_row(table, judge_row(name, seed, cfg, base, of, v))))
+        (HERE / "claims.md").write_text(report(studio.read_table(table)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from microworld import studio as toy
+from microworld import studio
 from sdv.data.media import write_image, write_video
 from sdv.run import report as diagnostics_report
 
@@ -53,7 +53,7 @@ def embedded(image: Tensor, fps: float = 0) -> str:
         return data_address("video/mp4" if fps else "image/png", file.read_bytes())
 
 
-def film_row(case: toy.Case, clips: list[Tensor]) -> str:
+def film_row(case: studio.Case, clips: list[Tensor]) -> str:
     video = '<td><video src="{}" autoplay loop muted playsinline></video></td>'
     films = "".join(video.format(embedded(clip, FPS)) for clip in clips)
     picture, prompt = embedded(case.ref), html.escape(case.truth.prompt)
@@ -91,7 +91,7 @@ def loss_picture(run_folder: Path) -> str:
 
 
 def page(
-    training: Path, of: list[toy.Case], films: dict[str, list[Tensor]], scores: dict[str, dict], made: str
+    training: Path, of: list[studio.Case], films: dict[str, list[Tensor]], scores: dict[str, dict], made: str
 ) -> str:
     """The whole page. films and scores have one entry a column; training is the fresh adapter's run."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in films)

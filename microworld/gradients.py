@@ -6,16 +6,17 @@ Runs of the full recipe, of image only (p = 0) and of PCGrad with the paper's bu
 held-out batches. Into benchmarks/gradients: the probes of each run, a table of means, one plot.
 """
 
+import json
 import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from microworld import studio as toy
+from microworld import studio
 from sdv.run import report as diagnostics_report
 from sdv.run.settings import parse, run
 
-HERE = toy.ROOT / "benchmarks/gradients"
+HERE = studio.ROOT / "benchmarks/gradients"
 RUNS: dict[str, dict[str, object]] = {
     "full recipe": {},
     "image only": {"p_video": 0.0},
@@ -32,9 +33,32 @@ class Config:
     steps: int = 1000  # of each run (paper: the first 1,000)
     every: int = 50  # steps between probes (paper: 5 to 50)
     settled: int = 100  # the table's means begin after this step
-    pairs: int = 2000  # picture pairs
+    pairs: int = 4000  # picture pairs
     clips: int = 64  # clips of other subjects
     out: str = "out/study"  # worlds and runs
+
+
+def thin(rows: list[dict], drawn: bool) -> list[dict]:
+    """What the table, and for a run that is drawn the picture, show of its probes.
+
+    Of the subspaces their overlap and energy, two digits and no angles; its parts at the last probe.
+    """
+    columns = [column for column in rows[0]["columns"] if not column.endswith("est")]
+    at = [rows[0]["columns"].index(column) for column in columns]
+
+    def few(cells: list[float | None]) -> list[float | None]:
+        return [None if cells[i] is None else round(cells[i], 2) for i in at]
+
+    kept = []
+    for row in rows:
+        modules = row["modules"] if drawn else {}
+        modules = {
+            path: {kind: few(cells) for kind, cells in kinds.items()} for path, kinds in modules.items()
+        }
+        no_parts = {"layer": dict.fromkeys(row["layer"], {}), "group": {}, "factor": {}}
+        last = drawn and row is rows[-1]
+        kept.append(row | {"columns": columns, "modules": modules} | ({} if last else no_parts))
+    return kept
 
 
 def means(folder: Path, settled: int) -> dict[str, float]:
@@ -58,7 +82,7 @@ def cell(values: list[float]) -> str:
 def table(settled: int) -> str:
     lines = [f"| run | seeds | {' | '.join(COLUMNS)} |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name in RUNS:
-        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{toy.slug(name)}-*"))]
+        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{studio.slug(name)}-*"))]
         if runs:
             cells = [cell([one[column] for one in runs if column in one]) for column in COLUMNS]
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
@@ -68,25 +92,26 @@ def table(settled: int) -> str:
 def main() -> None:
     cfg = parse(Config, __doc__)
     out = Path(cfg.out).resolve()
-    data = toy.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
-    unseen = toy.make_world(out / "unseen", pairs=512, clips=64, seed=1)
+    data = studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
+    unseen = studio.make_world(out / "unseen", pairs=512, clips=64, seed=1)
     probe = {
         "val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0,
         "probe_every": cfg.every, "val_batches": 8,  # micro-batches that a half of the probe averages
     }  # fmt: skip
     for seed in cfg.seeds:
         for name in cfg.runs:
-            kept = HERE / f"{toy.slug(name)}-{seed}"
+            kept = HERE / f"{studio.slug(name)}-{seed}"
             if kept.is_dir():
                 continue
             folder = out / kept.name
-            toy.train(folder, data, cfg.steps, seed=seed, **toy.STUDY, **probe, **RUNS[name])
+            studio.train(folder, data, cfg.steps, seed=seed, **studio.STUDY, **probe, **RUNS[name])
             kept.mkdir(parents=True)
-            for file in ("probes.jsonl", "config.json"):
-                shutil.copyfile(folder / file, kept / file)
+            shutil.copyfile(folder / "config.json", kept / "config.json")
+            probes = map(json.dumps, thin(diagnostics_report.read(folder), seed == cfg.seeds[0]))
+            (kept / "probes.jsonl").write_text("".join(f"{line}\n" for line in probes))
             (HERE / "table.md").write_text(table(cfg.settled))
             print(diagnostics_report.cost(folder))
-    drawn = [HERE / f"{toy.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
+    drawn = [HERE / f"{studio.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
     runs = [(diagnostics_report.name_of(one), diagnostics_report.read(one)) for one in drawn]
     (HERE / "probes.png").write_bytes(diagnostics_report.draw(runs))
     print(table(cfg.settled))

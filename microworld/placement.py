@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import weights
-from microworld import studio as toy
+from microworld import studio
 from sdv.models.wan_dit import WanDiT
 from sdv.run.settings import parse, run
 
-FILE = toy.ROOT / "benchmarks/placement.csv"
+FILE = studio.ROOT / "benchmarks/placement.csv"
 MEASURES = ("top1", "top5", "colour", "motion", "dynamic", "background", "copied")
 
 
@@ -47,21 +47,24 @@ def losses(folder: Path, after: int) -> dict[str, float]:
 def main() -> None:
     cfg = parse(Config, __doc__)
     backbone, out = Path(cfg.backbone).resolve(), Path(cfg.out).resolve()
-    data, layout = toy.study_world(out, pairs=cfg.pairs, clips=cfg.clips), weights.open_backbone(toy.TOY)
+    data, layout = (
+        studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips),
+        weights.open_backbone(studio.TOY),
+    )
     sizes = {name: getattr(layout, name) for name in ("height", "width", "frames", "fps")}
-    studio, of = toy.Studio(folder=backbone), toy.cases(cfg.cases)
-    done = {(row["place"], row["seed"], row["steps"]) for row in toy.read_table(FILE)}
+    base, of = studio.Studio(folder=backbone), studio.cases(cfg.cases)
+    done = {(row["place"], row["seed"], row["steps"]) for row in studio.read_table(FILE)}
     for seed in cfg.seeds:
         for place in cfg.places:
             if (place, str(seed), str(cfg.steps)) in done:
                 continue
-            settings = {"backbone": backbone, "ref_position": place, "seed": seed} | sizes | toy.STUDY
+            settings = {"backbone": backbone, "ref_position": place, "seed": seed} | sizes | studio.STUDY
             folder = out / f"{place}-{seed}"
-            studio.put_on(toy.train(folder, data, cfg.steps, **settings))
-            seen = toy.judge(studio.film(of), of)["mean"]
+            base.put_on(studio.train(folder, data, cfg.steps, **settings))
+            seen = studio.judge(base.film(of, guidance=3.0, ref_guidance=1.0), of)["mean"]
             row = {"place": place, "seed": seed, "steps": cfg.steps} | losses(folder, cfg.steps - cfg.last)
             row |= {measure: seen[measure] for measure in MEASURES} | {"date": datetime.date.today()}
-            print(json.dumps(toy.add_row(FILE, row)))
+            print(json.dumps(studio.add_row(FILE, row)))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ CONFIGS = {
     },
     "transformer/config.json": tiny.TRANSFORMER
     | {
-        "num_attention_heads": 4,
+        "num_attention_heads": 6,
         "in_channels": 16,
         "out_channels": 16,
-        "time_embed_dim": 16,
+        "time_embed_dim": 32,
         "text_embed_dim": 96,
         "num_layers": 6,
         "sample_width": SIZE // 8,

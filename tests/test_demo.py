@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 
-from microworld import demo_page
-from microworld import studio as toy
+from microworld import demo_page, studio
 from sdv.data.media import read_clip
 from sdv.run import report as diagnostics_report
 
@@ -24,9 +23,9 @@ def test_the_page_holds_everything_itself(run_folder, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     for name, result in {"read": [], "draw": b"", "section": "<section>gradients</section>"}.items():
         monkeypatch.setattr(diagnostics_report, name, lambda *_, result=result: result)
-    of = toy.cases(4)
-    films = {"real": toy.renders(of), "grey": [torch.zeros(3, 17, 64, 64)] * 4}
-    scores = {name: toy.judge(clips, of) for name, clips in films.items()}
+    of = studio.cases(4)
+    films = {"real": studio.renders(of), "grey": [torch.zeros(3, 17, 64, 64)] * 4}
+    scores = {name: studio.judge(clips, of) for name, clips in films.items()}
     page = demo_page.page(run_folder, of, films, scores, "made of renders")
     assert not re.search(r"(src|href)=(?![\"']?data:)", page)
     videos = re.findall(r'<video src="data:video/mp4;base64,([^"]+)" autoplay loop muted', page)
@@ -41,10 +40,10 @@ def test_the_page_holds_everything_itself(run_folder, tmp_path, monkeypatch):
 
 
 def test_real_renders_pass_and_grey_does_not():
-    of = toy.cases(8)
-    good = toy.judge(toy.renders(of), of)["mean"]
-    bad = toy.judge([torch.zeros(3, 17, 64, 64)] * 8, of)["mean"]
+    of = studio.cases(8)
+    good = studio.judge(studio.renders(of), of)["mean"]
+    bad = studio.judge([torch.zeros(3, 17, 64, 64)] * 8, of)["mean"]
     assert min(good[name] for name in ("top1", "motion", "background")) == 1.0
     assert max(bad[name] for name in ("top1", "motion", "background")) <= 0.25
-    assert toy.cases(8)[5].ref.equal(of[5].ref)
-    assert not toy.cases(8, on_white=False)[5].ref.equal(of[5].ref)
+    assert studio.cases(8)[5].ref.equal(of[5].ref)
+    assert not studio.cases(8, on_white=False)[5].ref.equal(of[5].ref)

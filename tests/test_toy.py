@@ -45,5 +45,5 @@ def test_the_files_are_what_make_base_writes_and_small():
         found = read_json(TOY / name)
         measured = {"scaling_factor": found["scaling_factor"]} if "vae" in name else {}
         assert found == config | measured, name
-    # The base; the adapter lies beside its folders.
-    assert sum(file.stat().st_size for file in TOY.glob("*/*.*") if file.suffix != ".pyc") <= 16e6
+    # The base, of 14.3M parameters; the adapter lies beside its folders.
+    assert sum(file.stat().st_size for file in TOY.glob("*/*.*") if file.suffix != ".pyc") <= 30e6

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -91,18 +92,23 @@ class T5Config:
     bias_in_every_block: bool = False
 
 
-def relative_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
+@lru_cache(16)
+def relative_buckets(
+    length: int, buckets: int, max_distance: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Bucket of every (query, key) pair, (L, L) int64: one half for keys behind, the other for keys ahead.
 
     Within a half, the near distances have a bucket each; far ones share logarithmic ones up to max_distance.
+    Counted on the CPU: another device's logarithm could round a distance into the neighbouring bucket. Kept,
+    so that a CUDA graph of the encoder copies nothing from there.
     """
     half, near = buckets // 2, buckets // 4
-    position = torch.arange(length)
+    position = torch.arange(length, device="cpu")
     offset = position[None, :] - position[:, None]  # (L, L): key - query
     distance = offset.abs()
     octaves = torch.log(distance.clamp(min=near) / near) / math.log(max_distance / near)
     far = (near + octaves * (half - near)).long().clamp(max=half - 1)
-    return torch.where(distance < near, distance, far) + half * (offset > 0)
+    return (torch.where(distance < near, distance, far) + half * (offset > 0)).to(device)
 
 
 class RelativeBias(nn.Module):
@@ -114,9 +120,9 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(cfg.buckets, cfg.heads)
 
     def forward(self, length: int, mask: Tensor | None = None) -> Tensor:
-        # Counted on the CPU: another device's logarithm could round a distance into the neighbouring bucket.
-        buckets = relative_buckets(length, self.table.num_embeddings, self.max_distance)
-        bias = self.table(buckets.to(self.table.weight.device))  # (L, L, N)
+        weight = self.table.weight
+        buckets = relative_buckets(length, self.table.num_embeddings, self.max_distance, weight.device)
+        bias = self.table(buckets)  # (L, L, N)
         bias = bias.permute(2, 0, 1)[None].contiguous()  # (1, N, L, L)
         if mask is None:
             return bias
