@@ -28,3 +28,15 @@ def source_of(file: str, name: str) -> str:
 @pytest.mark.parametrize(("page", "file", "name", "shown"), BLOCKS, ids=lambda value: str(value)[:40])
 def test_a_page_shows_what_the_file_says(page, file, name, shown):
     assert shown == source_of(file, name), f"{page.name}: copy {name} of {file} again"
+
+
+ENTRANCES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "weights/toy/README.md"]
+PAGES = [*ENTRANCES, *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page):
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not link.startswith("http"):
+            assert (folder / link.replace("\\", "")).exists(), link
