@@ -92,15 +92,13 @@ class T5Config:
     bias_in_every_block: bool = False
 
 
-@lru_cache(16)
 def relative_buckets(
     length: int, buckets: int, max_distance: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Bucket of every (query, key) pair, (L, L) int64: one half for keys behind, the other for keys ahead.
 
     Within a half, the near distances have a bucket each; far ones share logarithmic ones up to max_distance.
-    Counted on the CPU: another device's logarithm could round a distance into the neighbouring bucket. Kept,
-    so that a CUDA graph of the encoder copies nothing from there.
+    Counted on the CPU: another device's logarithm could round a distance into the neighbouring bucket.
     """
     half, near = buckets // 2, buckets // 4
     position = torch.arange(length, device="cpu")
@@ -109,6 +107,9 @@ def relative_buckets(
     octaves = torch.log(distance.clamp(min=near) / near) / math.log(max_distance / near)
     far = (near + octaves * (half - near)).long().clamp(max=half - 1)
     return (torch.where(distance < near, distance, far) + half * (offset > 0)).to(device)
+
+
+kept_buckets = lru_cache(16)(relative_buckets)
 
 
 class RelativeBias(nn.Module):
@@ -121,7 +122,9 @@ class RelativeBias(nn.Module):
 
     def forward(self, length: int, mask: Tensor | None = None) -> Tensor:
         weight = self.table.weight
-        buckets = relative_buckets(length, self.table.num_embeddings, self.max_distance, weight.device)
+        # Kept on a GPU, so that a CUDA graph of the encoder copies nothing from the CPU.
+        buckets_of = kept_buckets if weight.device.type == "cuda" else relative_buckets
+        buckets = buckets_of(length, self.table.num_embeddings, self.max_distance, weight.device)
         bias = self.table(buckets)  # (L, L, N)
         bias = bias.permute(2, 0, 1)[None].contiguous()  # (1, N, L, L)
         if mask is None:
