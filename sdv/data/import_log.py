@@ -25,7 +25,7 @@ NAMED = 3  # candidates that the summary names under each reason
 
 
 class Candidate(Protocol):
-    origin: str  # "train-00000.parquet:17", for people and the journal
+    origin: str  # "train-00000.parquet:17", for people and the log
     source: object  # candidates in a row that share it are worked on together
 
 
@@ -63,18 +63,18 @@ def walk(
         order = torch.randperm(total, generator=generator(seed, SUBSET)).tolist()
     wanted = total if limit is None else limit
     outcomes, first, kept = [], {}, 0
-    with closing(Journal(out, settings)) as journal, tqdm(total=0, unit="row") as bar:
+    with closing(ImportLog(out, settings)) as log, tqdm(total=0, unit="row") as bar:
         while kept < wanted and len(outcomes) < total:
             chosen = sorted(order[len(outcomes) : len(outcomes) + wanted - kept])  # row groups are read once
             batch = [candidates[index] for index in chosen]
             bar.total += len(batch)
-            known = [journal.known[one.origin] for one in batch if one.origin in journal.known]
-            new = _perform([one for one in batch if one.origin not in journal.known], work, workers)
+            known = [log.known[one.origin] for one in batch if one.origin in log.known]
+            new = _perform([one for one in batch if one.origin not in log.known], work, workers)
             for outcome in chain(known, new):
                 if outcome.rows and first.setdefault(outcome.content, outcome.origin) != outcome.origin:
                     reason, detail = "the same picture as another row", first[outcome.content]
                     outcome = Outcome(outcome.origin, (), reason, detail)
-                journal.add(outcome)
+                log.add(outcome)
                 outcomes.append(outcome)
                 kept += bool(outcome.rows)
                 bar.update()
@@ -110,7 +110,7 @@ class _Jobs(Dataset):
             return error
 
 
-class Journal:
+class ImportLog:
     """OUT/import.jsonl: the settings, then an outcome a line, appended. One process at a time.
 
     Whatever follows the last whole line is cut off, and outcomes whose files are gone are forgotten.
@@ -164,13 +164,13 @@ class Journal:
 
 
 def _locked(out: Path) -> BinaryIO:
-    """The journal of a new folder or of one that an import has begun, held until this process ends."""
+    """The log of a new folder or of one that an import has begun, held until this process ends."""
     path = out / "import.jsonl"
     others = out.iterdir() if out.is_dir() and not path.exists() else ()
     if any(not other.name.startswith(".") for other in others):
         raise ValueError(f"{out}: holds files that no import wrote; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+b")  # noqa: SIM115 (the journal closes it)
+    file = open(path, "a+b")  # noqa: SIM115 (the log closes it)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, and may outlive a kill
     except OSError as error:

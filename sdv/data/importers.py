@@ -42,7 +42,7 @@ LEAST = {"limit": 1, "seed": 0, "workers": 0, "margin": 0, "frames": 1, "fps": 0
 class Composite(NamedTuple):
     """A row of Subjects200K that passed the filters."""
 
-    origin: str  # "train-00000.parquet:17", for people and the journal
+    origin: str  # "train-00000.parquet:17", for people and the log
     source: tuple[Path, int]  # file and row group
     place: int  # in the row group
     captions: tuple[str, str]
