@@ -215,9 +215,9 @@ def renders(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
 def adapters(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
     """Films of the base and of the adapter in weights/toy, whose truth microworld/metrics.py sees."""
     toy, known, seen = studio.Studio(), [], []
-    for adapter in (None, studio.SHIPPED):
+    for adapter, guidance in ((None, studio.BASE_GUIDANCE), (studio.SHIPPED, 1.0)):
         toy.put_on(adapter)
-        clips = toy.film(list(of), with_ref=adapter is not None)
+        clips = toy.film(list(of), guidance=guidance)
         known += studio.judge(clips, list(of))["rows"]
         seen += [measured(clip, case.ref, judge) for clip, case in zip(clips, of, strict=True)]
     image = [row["image"] for row in seen]
