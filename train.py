@@ -246,8 +246,8 @@ class Config(Looking):
 RENAMED = {"frozen": "base_storage", "checkpoint_every": "recompute_every"}  # still read in this version
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
 FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "recompute_every", "save_every"}
-FREE |= {"keep", "shard", "plan", "tensorboard", "identity_batch", "motion_batch", "accumulate"}  # see below
-FREE |= {"keep_attention"}
+FREE |= {"keep_attention", "keep", "shard", "plan", "tensorboard"}
+FREE |= {"identity_batch", "motion_batch", "accumulate"}  # together they stay the same, see below
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
 
 

@@ -9,11 +9,9 @@ import pytest
 from helpers import ROOT
 
 BLOCK = re.compile(r"<!-- ([\w/]+\.py): ([\w.]+) -->\n```python\n(.*?)```", re.DOTALL)
-BLOCKS = [
-    (page, *found)
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    for found in BLOCK.findall(page.read_text())
-]
+ENTRANCES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "weights/toy/README.md"]
+PAGES = [*ENTRANCES, *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+BLOCKS = [(page, *found) for page in PAGES for found in BLOCK.findall((ROOT / page).read_text())]
 
 
 def source_of(file: str, name: str) -> str:
@@ -25,13 +23,9 @@ def source_of(file: str, name: str) -> str:
     return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])) + "\n"
 
 
-@pytest.mark.parametrize(("page", "file", "name", "shown"), BLOCKS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("page", "file", "name", "shown"), BLOCKS, ids=[f"{b[0]}-{b[2]}" for b in BLOCKS])
 def test_a_page_shows_what_the_file_says(page, file, name, shown):
-    assert shown == source_of(file, name), f"{page.name}: copy {name} of {file} again"
-
-
-ENTRANCES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "weights/toy/README.md"]
-PAGES = [*ENTRANCES, *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+    assert shown == source_of(file, name), f"{page}: copy {name} of {file} again"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,15 +2,13 @@
 
 import json
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import weights
-from helpers import toy
+from helpers import full_disk, toy
 from sdv.data.files import save_safetensors, write_whole
 from sdv.run import saves
 from sdv.run.log import RunLog
@@ -84,22 +82,11 @@ def test_what_a_killed_process_left_goes_with_the_next_save(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- a full disk
-@contextmanager
-def files_of_at_most(size):
-    """A limit on the size of files stops a write as a full disk does, without a disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("name", "size"), [("adapter.safetensors", 10_000), ("training.pt", 4_800)])
 def test_on_a_full_disk_the_last_saves_stay_and_nothing_else(tmp_path, name, size):
     """The adapter has 40 kB, or 19.3, where the state beside it has 20.3 and does not fit."""
     save(tmp_path, 1), save(tmp_path, 2)
-    with files_of_at_most(20_000), pytest.raises(OSError, match="File too large.*free some space") as error:
+    with full_disk(20_000), pytest.raises(OSError, match="File too large.*free some space") as error:
         save(tmp_path, 3, keep=1, size=size)
     assert f"{tmp_path}/.step-000003.tmp/{name}" in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
@@ -110,7 +97,7 @@ def test_on_a_full_disk_the_last_saves_stay_and_nothing_else(tmp_path, name, siz
 
 def test_an_adapter_and_a_row_that_do_not_fit_are_named(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
-    with files_of_at_most(200):
+    with full_disk(200):
         with pytest.raises(OSError, match="a.safetensors: could not be written .File too large"):
             weights.tensors.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(100)})
         with pytest.raises(OSError, match="metrics.jsonl: could not be written .File too large"):

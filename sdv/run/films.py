@@ -65,13 +65,13 @@ def film_names(shots: list[Shot], settings: dict) -> list[str]:
     made_by["backbone"] = Path(settings["backbone"]).resolve().name
     made_by["adapter"] = settings["adapter"] and content_hash(settings["adapter"])
     refs = {shot.ref: content_hash(shot.ref) for shot in shots if shot.ref}
-    prompts = list(dict.fromkeys(shot.prompt for shot in shots))
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(shot.prompt for shot in shots))}
     names = []
     for shot in shots:
         words = re.sub(r"[\W_]+", "-", shot.prompt.lower()).strip("-")[:40]
         words = words.encode(errors="ignore")[:120].decode(errors="ignore")  # a name holds 255 bytes
         mark = digest(made_by, shot.prompt, refs.get(shot.ref), shot.seed)[:8]
-        names.append(f"{prompts.index(shot.prompt):02d}-seed{shot.seed}-{words}-{mark}.mp4")
+        names.append(f"{numbers[shot.prompt]:02d}-seed{shot.seed}-{words}-{mark}.mp4")
     return names
 
 
