@@ -59,6 +59,7 @@ class Method:
     dropout: Literal["whole", "tokens"] = "whole"  # image-token dropout on motion steps, of what
     p_drop: Share = 0.5  # its probability (paper: 0.5)
     view_drop: Share = 0.0  # the whole reference dropped on identity steps (paper: never; supplement: 0.5)
+    text_drop: Share = 0.0  # prompts replaced by the empty one, of both tasks (paper: none)
     cls_token: str = "<cls> "  # put before the prompt of identity steps (paper: yes)
     ref_position: str = ""  # where the reference sits beside the video; the model's own if not given
     t_shift: Positive = 1.0  # above 1, at noisier times: u -> s u / (1 + (s - 1) u) (paper: 1)
@@ -83,10 +84,10 @@ def identity_pair(batch: dict, enc: Encoders, cfg: Method, draws: Draws) -> Pair
     return Pair(
         target=enc.video(batch["target"][:, :, None]),
         ref=enc.video(batch["ref"][:, :, None]),
-        text=enc.text(batch["prompt"]),  # describes the target; the data put <cls> before it
-        keep=objectives.keep_tokens(
-            enc.ref_tokens, "whole", cfg.view_drop, draws.shared
-        ),  # all, in the paper
+        # Describes the target; the data put <cls> before it.
+        text=enc.text(objectives.keep_text(batch["prompt"], cfg.text_drop, draws)),
+        # All of them, in the paper.
+        keep=objectives.keep_tokens(enc.ref_tokens, "whole", cfg.view_drop, draws.shared),
     )
 
 
@@ -97,9 +98,8 @@ def motion_pair(batch: dict, enc: Encoders, cfg: Method, draws: Draws) -> Pair:
     ref = objectives.random_frame(frames, draws) if cfg.ref_frame == "random" else frames[:, :, :1]
     # A reference that is often missing keeps text-to-video alive: motion must come from the prompt.
     keep = objectives.keep_tokens(enc.ref_tokens, cfg.dropout, cfg.p_drop, draws.shared)
-    return Pair(
-        target=enc.video(batch["clip"]), ref=enc.video(ref), text=enc.text(batch["prompt"]), keep=keep
-    )
+    text = enc.text(objectives.keep_text(batch["prompt"], cfg.text_drop, draws))
+    return Pair(target=enc.video(batch["clip"]), ref=enc.video(ref), text=text, keep=keep)
 
 
 def draw_task(step: int, micro: int, cfg: "Config") -> str:
@@ -358,7 +358,7 @@ def open_encoders(
     files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
     store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames, layout.parts["text"].note)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
-    prompts |= {film.negative, *(shot.prompt for shot in shots)}
+    prompts |= {"", film.negative, *(shot.prompt for shot in shots)}  # "": what --text-drop leaves
     say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait))
     vae = opened.pop("vae", None)
     if shots and vae is None:
@@ -470,7 +470,7 @@ def main() -> None:
     )
     out, dtype, kept = Path(cfg.out), getattr(torch, cfg.dtype), kept_settings(cfg, world)
     if cfg.resume:
-        saves.require_same(out, kept, RENAMED)
+        saves.require_same(out, kept, dataclasses.asdict(Config()), RENAMED)
     else:
         with torch.device("meta"):  # tried on a model without memory
             attach(layout.parts["dit"].build(), cfg.adapter, cfg)

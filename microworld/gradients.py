@@ -104,7 +104,7 @@ def main() -> None:
             if kept.is_dir():
                 continue
             folder = out / kept.name
-            studio.train(folder, data, cfg.steps, seed=seed, **studio.STUDY, **probe, **RUNS[name])
+            studio.train(folder, data, cfg.steps, seed=seed, **probe, **RUNS[name])
             kept.mkdir(parents=True)
             shutil.copyfile(folder / "config.json", kept / "config.json")
             probes = map(json.dumps, thin(diagnostics_report.read(folder), seed == cfg.seeds[0]))

@@ -58,7 +58,7 @@ def main() -> None:
         for place in cfg.places:
             if (place, str(seed), str(cfg.steps)) in done:
                 continue
-            settings = {"backbone": backbone, "ref_position": place, "seed": seed} | sizes | studio.STUDY
+            settings = {"backbone": backbone, "ref_position": place, "seed": seed} | sizes
             folder = out / f"{place}-{seed}"
             base.put_on(studio.train(folder, data, cfg.steps, **settings))
             seen = studio.judge(base.film(of, guidance=3.0, ref_guidance=1.0), of)["mean"]

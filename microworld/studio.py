@@ -1,6 +1,6 @@
 """The micro-world as a bench: an adapter trained by train.py, held-out subjects filmed by it, and a judge.
 
-What demo.py, claims.py and gradients.py have in common. The base is weights/toy; times are of two CPU cores.
+What demo.py, claims.py and gradients.py have in common. The base is weights/toy.
 """
 
 import csv
@@ -23,6 +23,7 @@ from microworld import metrics, world
 from sdv.data.media import fit
 from sdv.lora import lora_modules
 from sdv.run import saves as runs
+from sdv.run.settings import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "weights/toy"
@@ -32,8 +33,6 @@ RECIPE = {
     "rank": 64, "alpha": 64, "lr": 3e-3, "warmup": 50, "dtype": "bfloat16", "recompute_every": 0,
     "identity_batch": 64, "motion_batch": 8, "accumulate": 1, "workers": 0, "verify": 8,
 }  # fmt: skip
-# Runs that are compared have half of the recipe's pairs and clips a step: a quarter of an hour a run.
-STUDY = {"identity_batch": 32, "motion_batch": 4}
 # Films of an adapter are guided by the picture alone: guidance on the text argues with it and mottles the
 # subject. The base has only the text; the 5B's guidance of 6 would make this small model's colours glow.
 REF_GUIDANCE, BASE_GUIDANCE = 1.5, 3.0
@@ -103,24 +102,29 @@ def renders(of: list[Case]) -> list[Tensor]:
 
 
 class Studio:
-    """A base of the micro-world, to which adapters can be added one after the other."""
+    """A base of the micro-world, on a GPU if there is one, to which adapters are added one after the other.
 
-    def __init__(self, steps: int = 25, batch: int = 10, folder: Path = TOY):
+    batch: films made at once.
+    """
+
+    def __init__(self, steps: int = 25, batch: int = 40 if DEVICE == "cuda" else 10, folder: Path = TOY):
         self.steps, self.batch = steps, batch
         self.folder, toy = folder, weights.open_backbone(TOY)
-        self.backbone = weights.load_backbone(folder, dtype=torch.bfloat16, log=lambda line: None)
+        self.backbone = self._load()
         cfg = sample.Config(
             backbone=str(folder), steps=steps, height=toy.height, width=toy.width, frames=toy.frames,
-            fps=toy.fps, device="cpu", dtype="bfloat16",
+            fps=toy.fps, device=DEVICE, dtype="bfloat16",
         )  # fmt: skip
         self.cfg = sample.with_defaults(cfg, self.backbone.layout)
+
+    def _load(self, *parts: str) -> weights.Backbone:
+        parts = parts or weights.PARTS
+        return weights.load_backbone(self.folder, DEVICE, torch.bfloat16, parts, log=lambda line: None)
 
     def put_on(self, adapter: Path | None) -> None:
         """Load an adapter instead of the one before; None is the base."""
         if lora_modules(self.backbone.dit):
-            self.backbone.dit = weights.load_backbone(
-                self.folder, dtype=torch.bfloat16, parts=("dit",), log=lambda line: None
-            ).dit
+            self.backbone.dit = self._load("dit").dit
         if adapter is not None:
             weights.load_adapter(self.backbone.dit, adapter)
 
@@ -135,7 +139,7 @@ class Studio:
         for first in range(0, len(of), self.batch):
             some = of[first : first + self.batch]
             texts, blank = backbone.text([case.truth.prompt for case in some]), backbone.text([""])
-            pictures = torch.stack([case.ref for case in some])[:, :, None].bfloat16()
+            pictures = torch.stack([case.ref for case in some])[:, :, None].to(DEVICE, torch.bfloat16)
             refs = backbone.vae.encode(pictures) if lora_modules(backbone.dit) else None
             seeds = [1000 * seed + first + i for i in range(len(some))]
             clips += sample.generate(backbone, texts, blank, refs, cfg, seeds, progress).clamp(-1, 1)

@@ -69,6 +69,16 @@ def random_frame(clips: Tensor, draws: Draws) -> Tensor:
     return torch.stack([clip[:, i : i + 1] for clip, i in zip(clips, chosen, strict=True)])
 
 
+def keep_text(prompts: list[str], p: float, draws: Draws) -> list[str]:
+    """Caption dropout: each prompt is left empty with probability p, which trains text guidance's branch."""
+    if p == 0:  # nothing is drawn, so that all other draws are what they were
+        return prompts
+    return [
+        "" if torch.rand((), generator=rng) < p else prompt
+        for prompt, rng in zip(prompts, draws.each, strict=True)
+    ]
+
+
 def keep_tokens(count: int, mode: str, p: float, rng: torch.Generator) -> Tensor | None:
     """Image-token dropout: which of the reference's tokens stay visible.
 

@@ -155,7 +155,7 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, text):
     save(tmp_path, 1)
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="config.json: damaged"):
-        saves.require_same(tmp_path, {}, {})
+        saves.require_same(tmp_path, {}, {}, {})
 
 
 def test_a_fresh_run_keeps_no_row_of_another(tmp_path):

@@ -145,6 +145,24 @@ def test_the_coin_is_fair_and_its_own(monkeypatch):
     assert len({train.draw_task(0, micro, mixed) for micro in range(50)}) == 2
 
 
+def test_captions_are_dropped_in_both_tasks_at_their_share_and_nothing_else_is_drawn_without_it():
+    heard = []
+    enc = train.Encoders(lambda x: x, lambda prompts: heard.append(prompts), 4, "clip")
+    still, moving = torch.zeros(400, 3, 4, 4), torch.zeros(400, 3, 5, 4, 4)
+    batches = {"identity": {"target": still, "ref": still}, "motion": {"clip": moving}}
+    after = {}
+    for p in (0.0, 0.25, 1.0):
+        for task, batch in batches.items():
+            draws = draws_of((0, 1), [(0, 2, k) for k in range(400)])
+            cfg = train.Method(text_drop=p, ref_frame="first")
+            train.PAIR_OF[task](batch | {"prompt": ["a dog"] * 400}, enc, cfg, draws)
+            gone = heard[-1].count("") / 400
+            assert abs(gone - p) <= 4 * (p * (1 - p) / 400) ** 0.5
+            after[task, p] = torch.rand((), generator=draws.each[0])
+    for task in batches:  # a run without it draws what runs drew before there was the setting
+        assert after[task, 0.0] == torch.rand((), generator=seeds.generator(0, 2, 0))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(monkeypatch, tiny, tmp_path):
     options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 5, **RUN, "--p-video": 0}
     monkeypatch.setattr(train, "identity_pair", None)
@@ -298,12 +316,13 @@ def test_a_run_says_where_it_comes_from(monkeypatch, tiny, tmp_path):
     assert first["versions"]["torch"] == torch.__version__ and "CPU" in first["device"]
 
 
-def test_a_run_begun_before_settings_were_renamed_goes_on(monkeypatch, tiny, tmp_path):
+def test_a_run_begun_before_settings_were_renamed_or_added_goes_on(monkeypatch, tiny, tmp_path):
     options = {"--backbone": tiny, "--out": tmp_path, **RUN}
     run(monkeypatch, train, options | {"--steps": 1})
     config = json.loads((tmp_path / "config.json").read_text())
     del config["parts"]
     config["frozen"] = config.pop("base_storage")
+    del config["text_drop"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
 

@@ -94,11 +94,14 @@ def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
     write_whole(out / "config.json", lambda path: path.write_text(text))
 
 
-def require_same(out: Path, settings: dict, renamed: dict[str, str]) -> None:
-    """ValueError if a run that is to be resumed had other settings. renamed: {old name: new name}."""
+def require_same(out: Path, settings: dict, defaults: dict, renamed: dict[str, str]) -> None:
+    """ValueError if a run that is to be resumed had other settings. renamed: {old name: new name}.
+
+    A setting that did not exist yet when the run began had its default.
+    """
     if not saves(out):
         raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
-    before, now = _settings(out), json.loads(json.dumps(settings))
+    before, now = json.loads(json.dumps(defaults)) | _settings(out), json.loads(json.dumps(settings))
     before |= {new: before[old] for old, new in renamed.items() if old in before}
     changed = [f"{n} was {before.get(n)!r}, is {v!r}" for n, v in now.items() if before.get(n) != v]
     if changed:
