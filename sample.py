@@ -5,8 +5,8 @@
     python sample.py ... --manifest shots.jsonl     # lines {"prompt", "reference_file_name", "seed"}
 
 Several prompts, seeds and references share one load. Without a reference it is plain text-to-video. A seed
-means the same noise on every machine, because noise is drawn on the CPU. A film that is there already is
-kept, so that the same command goes on where it was stopped.
+gives the same noise on every machine, because noise is drawn on the CPU. Films that exist are kept, so the
+same command continues where it was stopped.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@
     gated_residual         x + gate * y
     gated_residual_adaln   both of the last in one pass
 
-Nothing here knows diffusion. Who runs what is decided in dispatch.py.
+Nothing here knows diffusion. dispatch.py decides whether Triton or torch runs.
 """
 
 from .adaln import adaln, gated_residual, gated_residual_adaln

@@ -4,16 +4,16 @@
     out = LN(h) * (1 + scale) + shift           and the next linear reads this
     LN(h) = (h - mean) / sqrt(var + eps) * weight + bias
 
-A token takes the gate, scale and shift of its segment: text and video have their own, so may a clean
-reference frame, or every token has one. All segments go in one launch, and either line can be had alone.
+A token uses the gate, scale and shift of its segment. Text and video have their own; so may a clean
+reference frame, or even every token. All segments run in one launch, and either line can run alone.
 
     tokens      | text    | ref     | video                          |
     programs    | 0  | 1  | 2  | 3  | 4  | 5  | 6  | 7  | 8  | ..     |   each walks down rows of ONE segment,
     modulation  | row 0   | row 1   | row 2                          |   its modulation held in registers
 
-Because a program stays inside a segment, backward is easy too. The gradient of a scale is a sum over rows of
-its segment: each program adds its rows up in fp32 registers and writes one partial sum, and the partial sums
-are added in the order of the programs. No atomics: the same bits every time. n = (h - mean) / std, g = d(out)
+Because a program stays inside a segment, backward is simple too. The gradient of a scale is a sum over rows
+of its segment. Each program sums its rows in fp32 registers and writes one partial sum; partial sums are
+added in the order of the programs. No atomics: the same bits every time. n = (h - mean) / std, g = d(out)
 
     A = sum g n,  C = sum g       d(scale) = weight A + bias C    d(weight) = (1 + scale) A    d(shift) = C
     w = g (1 + scale) weight      d(h) = incoming + (w - mean(w) - n mean(w n)) / std

@@ -21,10 +21,10 @@ Backward rebuilds p = exp(scale s - lse) instead of storing it. With dO the grad
                                     delta = rowsum(dO O)
 
 Two kernels: `_dq` owns query tiles and walks over keys (and leaves delta behind), `_dkdv` owns key tiles and
-walks over queries. Nobody adds into another's tile, so there are no atomics and the bits are the same every
-time; the price is S and dP computed twice, 7 matrix products instead of 5.
+walks over queries. No program adds to another's tile, so there are no atomics and the bits are the same
+every time. The price: S and dP are computed twice, 7 matrix products instead of 5.
 
-Exponentials are base 2, the unit the chip has: log2(e) goes into scale, and scale s - m is one FMA.
+Exponentials have base 2, as the chip computes them: scale includes log2(e), and scale s - m is one FMA.
 """
 
 import math

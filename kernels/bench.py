@@ -1,13 +1,13 @@
-"""Times each kernel at the sizes of CogVideoX-5B and Wan2.2-5B, beside its peers and the ceilings of the box.
+"""Times each kernel at the sizes of CogVideoX-5B and Wan2.2-5B, beside its peers and the machine's ceilings.
 
     python -m kernels.bench           time all on this GPU: CSV, plot and table into benchmarks/kernels/
     python -m kernels.bench --lint    no GPU: compile all for five chips and read the machine code
     python -m kernels.bench --dry     no GPU: each case tiny, untimed; errors and table are real
 
-Two times. Kernel: the GPU's own, of calls that wait in a queue behind a sleeping GPU, each with a cold L2
-cache; rates and shares are by it. Call: the clock on the wall, call after call in eager mode, host included.
-Forward FLOPs of attention: 4 B H Lq Lk K, backward 2.5 times that. Bytes: each large tensor once. A share is
-of the box's own ceiling, measured in the same run: a bf16 matrix product, or a copy (bytes read + written).
+There are two times. Kernel: the GPU's own, for calls that wait in a queue behind a sleeping GPU, each with a
+cold L2 cache; rates and shares use it. Call: wall-clock time of calls in eager mode, host included. Forward
+FLOPs of attention: 4 B H Lq Lk K, backward 2.5 times that. Bytes: each large tensor once. A share is of the
+machine's own ceiling, measured in the same run: a bf16 matrix product, or a copy (bytes read + written).
 """
 
 import argparse

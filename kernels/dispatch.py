@@ -1,6 +1,6 @@
-"""Who runs a kernel, Triton or plain torch; how torch sees it; and the one place from which it is launched.
+"""Decides whether Triton or plain torch runs a kernel, registers it with torch, and alone launches it.
 
-SDV_KERNELS=triton | reference forces one side. Left unset, CUDA tensors (and, under Triton's interpreter,
+SDV_KERNELS=triton | reference forces one of them. If unset, CUDA tensors (and, under Triton's interpreter,
 TRITON_INTERPRET=1, all tensors) go to Triton; the rest, float64 included, to the torch reference.
 """
 

@@ -1,4 +1,4 @@
-"""Looks at the machine code of every kernel and tile, for chips that are not here.
+"""Reads the machine code of every kernel and tile, for chips that need not be here.
 
 The real launch code runs on meta tensors of the real sizes, `dispatch.pretend` hands over what it would have
 launched, Triton compiles that for the named chip, and the SASS is read: registers, spills, shared memory,

@@ -1,6 +1,6 @@
 """Rotary embedding of queries and keys, alone or fused with the norm before it.
 
-Each pair (a, b) = (x[2i], x[2i + 1]) of a head is a point that turns by an angle of its token and pair:
+Each pair (a, b) = (x[2i], x[2i + 1]) of a head is a point; its token and pair give the angle that turns it:
 
     a' = a cos - b sin        the gradient turns back:     da =  da' cos + db' sin
     b' = a sin + b cos                                     db = -da' sin + db' cos

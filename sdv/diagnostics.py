@@ -1,21 +1,21 @@
-"""What the two objectives do to each other's gradient, every number beside the yardstick to read it by.
+"""How the gradients of the two objectives interact; each number has a yardstick to compare it with.
 
 A probe takes the gradients of 4 m fixed held-out micro-batches: m for each of two disjoint halves a, b of
-each task. The cosine of two noisy gradients is near 0 whatever the tasks are, so that three are measured:
+each task. The cosine of two noisy gradients is near 0 for any two tasks, so three cosines are measured:
 
     cross       cos(identity, motion), the mean over all pairs of halves: the paper's number
     identity    cos(identity_a, identity_b)     within one task: what cross would be if both tasks were one,
     motion      cos(motion_a, motion_b)         measured through the same noise
     corrected   <identity, motion> / sqrt(<identity_a, identity_b> <motion_a, motion_b>)
 
-Noise of disjoint halves cancels in their products, so the last is the cosine of the gradients without noise
-(Spearman's correction for attenuation): an estimate that can leave [-1, 1], undefined where a yardstick is
-not positive. All of it is algebra on one Gram matrix of the micro-batches, kept for each part of the model.
+The noise of disjoint halves cancels in their products. So the last is the cosine without noise (Spearman's
+correction for attenuation). This estimate can leave [-1, 1]; it is undefined where a yardstick is not
+positive. All of them are computed from one Gram matrix of the micro-batches for each part of the model.
 
-Where the gradients act is measured per module, on the weight's own update: a gradient step in A and B moves
-W by gB A + B gA (times a number that no measure here sees; AdamW rescales entries on top of it). Its left
-directions are what the module writes, right ones what it reads. At B = 0 every right direction lies in the
-span of A, r dimensions of n, so that any two updates overlap by far more than the k / n of random subspaces.
+Where the gradients act is measured per module, on the update of its weight W: a gradient step in A and B
+moves W by gB A + B gA (up to a factor that changes no measure here; AdamW also rescales entries). Its left
+directions are what the module writes, its right ones what it reads. At B = 0 every right direction lies in
+the span of A, r of n dimensions, so any two updates overlap far more than random subspaces would (k / n).
 The null is therefore a random update of the same structure: same A and B, Gaussian gA and gB of real size.
 
     python -m sdv.run.report RUN [RUN ...]    draws the probes of runs side by side, also while they train

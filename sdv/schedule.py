@@ -1,7 +1,7 @@
 """Noise processes and their samplers.
 
-A noise process answers to add_noise, target, to_x0, timesteps and draw, and lists its samplers. A sampler is
-a loop over denoise(x, t, i) -> pred: the caller's network, with its guidance, at time t of step i.
+A noise process has add_noise, target, to_x0, timesteps and draw, and lists its samplers. A sampler is a loop
+over denoise(x, t, i) -> pred: the caller's network, with its guidance, at time t of step i.
 """
 
 import math

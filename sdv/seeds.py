@@ -1,4 +1,4 @@
-"""Randomness without state: every draw comes from a generator made of the numbers that name it.
+"""Randomness without state: every draw comes from a generator seeded with the numbers that name it.
 
 The second number of a training run's key is its stream, which says what is drawn:
 
@@ -12,7 +12,7 @@ The second number of a training run's key is its stream, which says what is draw
     (0, PROBE_PAIR, task, micro [, sample])    of the frame that a held-out micro-batch looks at
     (seed, SUBSET)                        which candidates an import keeps
 
-No stream knows how a step is cut into micro-batches and processes, but for LORA and a coin a micro-batch.
+Only LORA and a coin a micro-batch depend on how a step is cut into micro-batches and processes.
 Keys of one number are the noise of a film (its seed) and the view of a single row (its index).
 """
 
