@@ -5,8 +5,8 @@
 
 Each run's numbers go to benchmarks/claims/claims.csv as soon as they are there, with a picture a row, and
 claims.md is made of them: a table for each guidance on the reference, which dropout makes possible. All rows
-film the same subjects, never trained on, from the same noise. A run that microworld.gradients made is not
-trained again: its probe changes no bit of training.
+film the same subjects, never trained on, from the same noise. Processes with other --rows or --seeds may run
+side by side: each adds its rows to the same table.
 """
 
 import datetime

@@ -35,7 +35,7 @@ class Config:
     settled: int = 100  # the table's means begin after this step
     pairs: int = 4000  # picture pairs
     clips: int = 64  # clips of other subjects
-    out: str = "out/study"  # worlds and runs
+    out: str = "out/gradients"  # worlds and runs
 
 
 def thin(rows: list[dict], drawn: bool) -> list[dict]:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,12 +155,12 @@ def read_table(file: Path) -> list[dict[str, str]]:
 def add_row(file: Path, row: dict[str, object]) -> dict[str, str]:
     """Append a row to a CSV that other processes may append to as well; returns it as it is written."""
     row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-    before = read_table(file)
-    with open(file, "a", newline="") as to:
-        writer = csv.DictWriter(to, list(before[0] if before else row))
-        if not before:
-            writer.writeheader()
-        writer.writerow(row)
+    with suppress(FileExistsError), open(file, "x", newline="") as to:
+        csv.DictWriter(to, list(row)).writeheader()
+    with open(file, "a+", newline="") as to:
+        to.seek(0)
+        columns = next(csv.reader(to))
+        csv.DictWriter(to, columns).writerow(row)  # at the end, wherever it was read
     return row
 
 
