@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import dispatch, hopper
 from .dispatch import INTERPRET, TensorDescriptor, arch, require, tl, token_major, triton
@@ -43,17 +42,15 @@ WIDTHS = (16, 32, 64, 128)
 EXACT = tl.constexpr("ieee")  # fp32 inputs are multiplied as fp32, not rounded to TF32
 LN2 = tl.constexpr(math.log(2))
 LOG2E = math.log2(math.e)
-# Torch's own, the best on Hopper first: on an H100, 2026-11-26, cuDNN took 0.58 to 0.75 of the time of flash.
-NAMES = "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"
-FASTEST = [getattr(SDPBackend, name) for name in NAMES]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula, in torch's own fused form; on Hopper cuDNN's where it can."""
-    if not q.is_cuda or arch(q) != 90:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    with sdpa_kernel(FASTEST, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    """The formula, in torch's own fused form.
+
+    Torch picks which, on Hopper cuDNN's. `sdpa_kernel(.., set_priority=True)` is no way to ask for it: the
+    order that it puts back counts as asked for, so that later calls of other libraries would take flash.
+    """
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------

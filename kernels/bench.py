@@ -253,7 +253,7 @@ def timings(case: Case, small: Case, ceiling: tuple[float, float], ms: float) ->
                 peak = memory(call) if ms else NAN
                 took = clock(call, ms)
                 compiling = ms and provider == "torch.compile"  # the small size too would take it long
-                wrong = NAN if compiling else error(f, small, mode)
+                wrong = NAN if compiling else error(small.providers[provider], small, mode)
             except Exception as reason:
                 why = f"{type(reason).__name__}: {reason}".splitlines()[0]
                 print(f"{case.name}, {mode}, {provider}: not run: {why}")
@@ -321,7 +321,7 @@ def write(done: list[Timing], table: list[str], gpu: str, version: str, folder: 
 
 
 def bench(ms: float, folder: Path):
-    device, divide, little = ("cuda", 1, 20) if ms else ("cpu", 400, 400)
+    device, divide, little = ("cuda", 1, 20) if ms else ("cpu", 200, 400)
     gpu, ceiling = torch.cuda.get_device_name() if ms else "dry run", ceilings(ms)
     version = f"torch {torch.__version__}, triton {triton.__version__}"
     title = f"{gpu}: product {ceiling[0] / 1e12:.0f} TFLOP/s, copy {ceiling[1] / 1e12:.2f} TB/s; {version}\n"

@@ -28,8 +28,9 @@ CASES = {
 def test_full_size_steps_small(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    monkeypatch.setattr(sys, "argv", ["fullsize", "--dry", "--out", str(tmp_path)])
-    fullsize.main()
+    for part in reversed(fullsize.PARTS):  # each alone, as benchmarks.gpu runs them
+        monkeypatch.setattr(sys, "argv", ["fullsize", "--dry", "--out", str(tmp_path), "--parts", part])
+        fullsize.main()
     rows = [json.loads(line) for line in (tmp_path / "fullsize.jsonl").read_text().splitlines()]
     assert [row for row in rows if "not run" in row] == []
     wanted = {

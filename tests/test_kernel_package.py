@@ -4,21 +4,18 @@ import os
 import subprocess
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels
 from benchmarks import host
 from kernels import dispatch
-from sdv.run.cost import ClaimGPU
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,24 +91,6 @@ def test_the_bench_tells_all_of_everybody(monkeypatch, capsys):
         of
     ) == 10
     assert sum("FlashAttention 3: not run: " in line for line in lines) == 4
-
-
-def test_hopper_reference_asks_cudnn_first(monkeypatch):
-    seen = []
-    attention = import_module("kernels.attention")
-    monkeypatch.setattr(attention, "arch", lambda x: 90)
-    monkeypatch.setattr(
-        attention.F, "scaled_dot_product_attention",
-        lambda *a, **k: seen.append(torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)),
-    )  # fmt: skip
-    before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
-    q = torch.randn(1, 1, 4, 16)
-    attention.attention_reference(q, q, q)
-    with ClaimGPU():
-        attention.attention_reference(q, q, q)
-    assert seen[0] == before and seen[1][0] == SDPBackend.CUDNN_ATTENTION
-    assert set(before) - set(seen[1]) <= {SDPBackend.OVERRIDEABLE}  # where cuDNN cannot, the others may
-    assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == before
 
 
 # ---- a call as the host makes it, with a recorder in the launcher's place ----------------------------------

@@ -173,6 +173,7 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
     return dit.train()
 
 
+@torch.enable_grad()
 def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
     """Forward and backward of the first blocks, all of the reference visible, gradients there already."""
     frames = 1 if task == "identity" else 1 + (cfg.frames - 1) // layout.temporal_ratio
