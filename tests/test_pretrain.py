@@ -1,8 +1,11 @@
 """How the micro-world's base is made: optimisers beside torch's, whitening, runs that are stopped."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import relative_error
 from microworld import pretrain
@@ -80,15 +83,51 @@ def test_whitened_latents_have_mean_0_and_deviation_1_and_say_the_same_to_the_de
 SMALL = {"clips": 6, "pictures": 12, "threads": 1, "device": "cpu", "save_every": 2}
 
 
+def begun(folder: Path, family: str = "cogvideox") -> Path:
+    """A base of the full sizes with its VAE trained for a moment."""
+    whiten = [("whiten", 2, 4)] * (family == "cogvideox")
+    for stage, steps, batch in (("new", 0, 0), ("vae", 2, 4), *whiten, ("latents", 0, 0)):
+        cfg = Config(stage, steps, batch, out=str(folder / "out"), family=family, **SMALL)
+        (folder / "out").mkdir(exist_ok=True)
+        pretrain.STAGES[stage](cfg)
+    return folder
+
+
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """A base of the full sizes with its VAE trained for a moment, in a folder of its own."""
+    """In a folder of its own."""
     monkeypatch.setattr(pretrain, "home", lambda cfg: tmp_path / "toy")
-    for stage, steps, batch in (("new", 0, 0), ("vae", 2, 4), ("whiten", 2, 4), ("latents", 0, 0)):
-        cfg = Config(stage, steps, batch, out=str(tmp_path / "out"), **SMALL)
-        (tmp_path / "out").mkdir(exist_ok=True)
-        pretrain.STAGES[stage](cfg)
-    return tmp_path
+    return begun(tmp_path)
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """On a GPU, an operator that needs a tensor's numbers waits for them: a graph cannot be captured."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._overloadpacket not in {
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+            torch.ops.aten.masked_select, torch.ops.aten._unique2,
+        }, function  # fmt: skip
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "wan"])
+def test_a_step_reads_no_number_back_so_that_it_can_be_one_graph(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "home", lambda cfg: tmp_path / "toy")
+    kinds = set()
+
+    def run(learner, file, draw, loss_of, *_, **__):
+        for step in (2, 3):
+            kind, inputs = draw(step)
+            learner.pace()
+            with NothingIsReadBack():
+                learner.learn(loss_of(inputs))
+            kinds.add(kind)
+
+    begun(tmp_path, family)
+    monkeypatch.setattr(pretrain, "run", run)
+    pretrain.train_dit(Config("dit", 6, 2, out=str(tmp_path / "out"), family=family, **SMALL))
+    assert kinds == {"clips", "pictures"}
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, monkeypatch):

@@ -249,7 +249,11 @@ class UMT5TextEncoder(TextEncoder):
         places = torch.arange(ids.shape[1], device=ids.device)
         lengths = ((ids == EOS) * (places + 1)).amax(dim=1)  # (B,): every prompt ends with </s>
         mask = places < lengths[:, None]  # (B, L)
-        longest = int(lengths.max())  # what is hidden is never computed
-        x = self.encoder(ids[:, :longest], mask[:, :longest])  # (B, L', D)
-        x = x * mask[:, :longest, None]
-        return F.pad(x, (0, 0, 0, ids.shape[1] - longest))  # (B, L, D)
+        return self.encoder(ids, mask) * mask[..., None]  # (B, L, D)
+
+    @torch.no_grad()
+    def forward(self, prompts: str | Sequence[str]) -> Tensor:
+        """What lies behind the longest prompt is zeros, and is never computed."""
+        ids = self.tokenize(prompts)
+        longest = int((ids == EOS).nonzero()[:, 1].max()) + 1
+        return F.pad(self.encode(ids[:, :longest]), (0, 0, 0, ids.shape[1] - longest))  # (B, L, D)
