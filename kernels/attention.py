@@ -45,11 +45,7 @@ LOG2E = math.log2(math.e)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula, in torch's own fused form.
-
-    Torch picks which, on Hopper cuDNN's. `sdpa_kernel(.., set_priority=True)` is no way to ask for it: the
-    order that it puts back counts as asked for, so that later calls of other libraries would take flash.
-    """
+    """The formula, in torch's own fused form: which one, torch decides. On an H100 it takes cuDNN's."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
