@@ -151,6 +151,10 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def cell(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f}" + (f" ± {spread(values):.2f}" if len(values) > 1 else "")
+
+
 Found = dict[str, dict[str, list[float]]]  # {row: {measure: a value for each seed}}
 
 
@@ -160,7 +164,7 @@ def verdict(claim: Claim, measure: str, found: Found) -> str:
         return "not run"
     a, b = (found[name][measure] for name in (claim.row, claim.than))
     if min(len(a), len(b)) < 3:
-        return f"{statistics.mean(a):.2f} against {statistics.mean(b):.2f}, too few seeds"
+        return f"{statistics.mean(a):.2f} against {statistics.mean(b):.2f}, fewer than three seeds"
     gap = claim.sign * (statistics.mean(a) - statistics.mean(b))
     noise = spread(a) + spread(b)
     word = "shown" if gap > noise else "refuted" if gap < -noise else "not shown"
@@ -171,7 +175,7 @@ def section(found: Found) -> str:
     """Rows and verdicts at one guidance."""
     lines = ["| row | seeds | " + " | ".join(MEASURES) + " |", "|---|---:|" + "---:|" * len(MEASURES)]
     for name in (name for name in ROWS if name in found):
-        cells = [f"{statistics.mean(v):.2f} ± {spread(v):.2f}" for v in (found[name][m] for m in MEASURES)]
+        cells = [cell(found[name][measure]) for measure in MEASURES]
         lines.append(f"| {name} | {len(found[name]['top1'])} | " + " | ".join(cells) + " |")
     lines += ["", "| claim | the paper | measure | verdict |", "|---|---|---|---|"]
     for claim in CLAIMS:
