@@ -24,7 +24,7 @@ from sdv.run.settings import parse, run
 @dataclass(frozen=True)
 class Config:
     out: str = "out/demo"  # world, run, index.html; what is there already is not made again
-    steps: int = 250  # of the fresh adapter's training
+    steps: int = 230  # of the fresh adapter's training
     pairs: int = 1600  # picture pairs
     clips: int = 64  # clips of other subjects
     cases: int = 12  # videos of each column, four for a subject

@@ -77,7 +77,9 @@ def loss_picture(run_folder: Path) -> str:
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     for task, colour in (("identity", "#e08e0b"), ("motion", "#2670b5")):
-        steps, losses = zip(*((r["step"], r["loss"]) for r in rows if r["task"] == task), strict=True)
+        steps, losses = ([r[key] for r in rows if r["task"] == task] for key in ("step", "loss"))
+        if not steps:  # a short run may have drawn one task only
+            continue
         kernel = torch.ones(1, 1, min(15, len(losses)))
         smooth = F.conv1d(torch.tensor(losses)[None, None], kernel / kernel.sum())[0, 0]
         axis.plot(steps, losses, ".", ms=3, alpha=0.35, color=colour)

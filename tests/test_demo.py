@@ -39,6 +39,13 @@ def test_the_page_holds_everything_itself(run_folder, tmp_path, monkeypatch):
     assert (clip - films["real"][0]).square().mean() < 4 / 10**2.5  # 25 dB
 
 
+def test_a_run_that_drew_one_task_only_has_a_picture(run_folder):
+    pytest.importorskip("matplotlib")
+    lines = [json.dumps({"step": i, "task": "identity", "loss": 0.5}) for i in range(2)]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    assert demo_page.loss_picture(run_folder).startswith("data:image/png")
+
+
 def test_real_renders_pass_and_grey_does_not():
     of = studio.cases(8)
     good = studio.judge(studio.renders(of), of)["mean"]
