@@ -118,16 +118,19 @@ def cells(row: dict, ours: float | None) -> list[str]:
     return start + numbers
 
 
+def case(row: dict) -> tuple[str, ...]:
+    """What makes rows comparable: one day, machine and commit, one thing done."""
+    return tuple(row[key] for key in ("date", "machine", "commit", "part", "what"))
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown of all rows, a table for each day and commit."""
-    lines, ours = [LEGEND], {}
+    """Markdown of all rows, a table for each day and commit. Peers may have been measured before ours."""
+    own = [row for row in rows if row["who"] == "sdv" and row.get("seconds")]
+    lines, ours = [LEGEND], {case(row): statistics.median(row["seconds"]) for row in own}
     for row in rows:
         versions = (f"{name} {version}" for name, version in row["versions"].items())
         title = ", ".join([row["date"], row["machine"], f"commit {row['commit']}", *versions])
         if title not in lines:
             lines += ["", title, "", HEAD]
-        case = title, row["part"], row["what"]
-        if row["who"] == "sdv" and row.get("seconds"):
-            ours[case] = statistics.median(row["seconds"])
-        lines.append(f"| {' | '.join(cells(row, None if row['who'] == 'sdv' else ours.get(case)))} |")
+        lines.append(f"| {' | '.join(cells(row, None if row['who'] == 'sdv' else ours.get(case(row))))} |")
     return "\n".join(lines).strip() + "\n"

@@ -307,7 +307,7 @@ def plot(done: list[Timing], path: Path, gpu: str):
         axes.barh(at, [100 * t.share for t in mine], 0.8 / len(providers), label=provider)
     axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel="% of the box's own ceiling", title=gpu)
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
 
 

@@ -9,7 +9,9 @@ fast as one. GB in fp32: 0.70 and 1.11. The latter is how much a process grew, a
 of it; the matrix library and the heap have the rest.
 
 Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) the
-memory is 1 % less than measured, 27.6 and 29.5 GB, and seconds agree: the shares below were chosen for that.
+memory is 1 % less than measured, 27.6 and 29.5 GB. Seconds agree by the table of that GPU: the shares below
+were chosen so; --keep-attention, which had no part in it, comes out within 0.2 %. On the GPU itself, at its
+speeds as `ceilings` found them, the shares of then said 12 to 13 % (clips) and 16 to 18 % (pairs) too much.
 """
 
 import dataclasses
@@ -30,11 +32,11 @@ from sdv.run.cost import Encoders, Layout, Settings, Task, build, count, encodin
 # of CogVideoX-5B with its LoRA, 466 tokens. 0.76 to 0.87 of 87 GFLOP/s in fp32, 0.83 to 0.85 of 197 in bf16.
 ON_CPU = 0.83
 # On a GPU attention has a speed of its own, of which a step reaches ATTENTION; what norms, additions and
-# modulations take is put down to the matrices. Both shares follow from two training steps, 3.92 s of a clip
-# and 2.04 s of eight pairs. Two steps of sampling with an unmerged LoRA, which had no part in it, come out
-# 4 % (CogVideoX) and 3 % (Wan) too slow.
-MATRICES, ATTENTION = 0.608, 0.96
-TABLE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 1cf6d9f; there is no GPU here"
+# modulations take is put down to the matrices. Both shares follow from two training steps, 3.44 s of a clip
+# and 1.945 s of eight pairs. A step of sampling with a merged LoRA, which --plan does not predict, would come
+# out 14 % too slow: a LoRA apart takes about three times as long as its FLOPs would, and that is in the shares.
+MATRICES, ATTENTION = 0.678, 0.93
+TABLE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 778f133; there is no GPU here"
 TORCHRUN = 8  # processes that --shard is shown for where there is one
 STAGES = ("encoding", "forward", "recompute", "backward")
 
@@ -54,8 +56,12 @@ class Speed(NamedTuple):
         return rest / self.matrices + forward / self.forward + backward / self.backward
 
 
-# By the width of a head, in bf16: an 8192 cubed product, and attention at CogVideoX's and at Wan's size.
-H100 = {64: Speed(773e12, 409e12, 7 / 5 * 289e12, TABLE), 128: Speed(773e12, 432e12, 7 / 5 * 384e12, TABLE)}
+# By the width of a head, in bf16: an 8192 cubed product, and attention at CogVideoX's and at Wan's size, all
+# from one run of kernels.bench. No step of Wan was timed with these kernels.
+H100 = {
+    64: Speed(695e12, 550.7e12, 7 / 5 * 350.4e12, TABLE),
+    128: Speed(695e12, 710.7e12, 7 / 5 * 411.1e12, TABLE),
+}
 
 
 class Prediction(NamedTuple):
