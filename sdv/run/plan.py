@@ -34,7 +34,7 @@ ON_CPU = 0.83
 # On a GPU attention has a speed of its own, of which a step reaches ATTENTION; what norms, additions and
 # modulations take is put down to the matrices. Both shares follow from two training steps, 3.44 s of a clip
 # and 1.945 s of eight pairs. A step of sampling with a merged LoRA, which --plan does not predict, would come
-# out 14 % too slow: a LoRA apart takes about three times as long as its FLOPs would, and that is in the shares.
+# out 14 % too slow. A LoRA apart takes about three times as long as its FLOPs say; that is in the shares.
 MATRICES, ATTENTION = 0.678, 0.93
 TABLE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 778f133; there is no GPU here"
 TORCHRUN = 8  # processes that --shard is shown for where there is one
