@@ -18,14 +18,14 @@ barriers. `full` completes when all bytes of a tile have arrived, `free` when al
 it. Completing ends a phase of the barrier, and a wait names, by its parity, the phase that has to be over:
 t // 4, how often the ring has gone around.
 
-Inside a group nothing overlaps. On an H100 (2026-11-26) delaying p V into the next softmax was 1.5 % faster
-at K = 64, and at K = 128 it needs more registers than there are; two groups with more registers were slower
-at both, with or without taking turns by barriers. Registers set the sizes: 3 x 128 threads of 160 and the
-loader's 128 of 32 are all 65,536 there are.
+Inside a group nothing overlaps. On an H100 (2026-11-26) delaying p V into the next softmax was 1.4 % faster
+in one prototype at K = 64 and 7 % slower in another; at K = 128 it needs more registers than there are. Two
+groups with more registers were slower at both, with or without taking turns by barriers. Registers set the
+sizes: 3 x 128 threads of 160 and the loader's 128 of 32 are all 65,536 there are.
 
 TMA walks (B, H, L, K) by strides. What lies past the end of a sample arrives as zeros and is never written:
 keys there need a mask on their scores, queries nothing. The backward is attention.py's: same o, same lse. One
-split like this forward is not here, because none has run on a GPU; what has: benchmarks/kernels/README.md.
+split like this forward is not here yet; prototypes were faster on that GPU: benchmarks/kernels/README.md.
 """
 
 import math
