@@ -56,6 +56,7 @@ class Method:
     p_video: Share = 0.2  # probability of a motion step (paper: 0.2)
     coin: Literal["step", "micro"] = "step"  # tossed once a step (paper) or for each micro-batch
     ref_frame: Literal["random", "first"] = "random"  # reference of a motion step (paper: random)
+    ref_shift: Share = 0.0  # moves that reference by up to this share of its sides (paper: not at all)
     dropout: Literal["whole", "tokens"] = "whole"  # image-token dropout on motion steps, of what
     p_drop: Share = 0.5  # its probability (paper: 0.5)
     view_drop: Share = 0.0  # the whole reference dropped on identity steps (paper: never; supplement: 0.5)
@@ -96,6 +97,7 @@ def motion_pair(batch: dict, enc: Encoders, cfg: Method, draws: Draws) -> Pair:
     frames = batch[enc.ref_frames]
     # A fixed frame would teach the model to paste: the answer would always begin with what it was shown.
     ref = objectives.random_frame(frames, draws) if cfg.ref_frame == "random" else frames[:, :, :1]
+    ref = objectives.shift(ref, cfg.ref_shift, draws)  # beyond the paper: its place tells nothing any more
     # A reference that is often missing keeps text-to-video alive: motion must come from the prompt.
     keep = objectives.keep_tokens(enc.ref_tokens, cfg.dropout, cfg.p_drop, draws.shared)
     text = enc.text(objectives.keep_text(batch["prompt"], cfg.text_drop, draws))

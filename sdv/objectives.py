@@ -79,6 +79,21 @@ def keep_text(prompts: list[str], p: float, draws: Draws) -> list[str]:
     ]
 
 
+def shift(ref: Tensor, share: float, draws: Draws) -> Tensor:
+    """Each of ref (B, C, 1, H, W) moved by whole cells, up to a share of its sides; borders are repeated."""
+    if share == 0:  # nothing is drawn, so that all other draws are what they were
+        return ref
+    moved = []
+    for one, rng in zip(ref, draws.each, strict=True):
+        places = []
+        for side in one.shape[-2:]:
+            most = int(share * side)
+            by = int(torch.randint(-most, most + 1, (), generator=rng))
+            places.append((torch.arange(side) + by).clamp(0, side - 1))
+        moved.append(one[..., places[0][:, None], places[1]])
+    return torch.stack(moved)
+
+
 def keep_tokens(count: int, mode: str, p: float, rng: torch.Generator) -> Tensor | None:
     """Image-token dropout: which of the reference's tokens stay visible.
 

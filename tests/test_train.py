@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -161,6 +162,32 @@ def test_captions_are_dropped_in_both_tasks_at_their_share_and_nothing_else_is_d
             after[task, p] = torch.rand((), generator=draws.each[0])
     for task in batches:  # a run without it draws what runs drew before there was the setting
         assert after[task, 0.0] == torch.rand((), generator=seeds.generator(0, 2, 0))
+
+
+def test_the_reference_of_a_clip_is_moved_as_numpy_moves_it_and_only_as_far_as_is_said():
+    enc = train.Encoders(lambda x: x, lambda prompts: prompts, 4, "clip")
+    clips = torch.randn(200, 3, 2, 8, 12)
+    seen = set()
+    for share in (0.0, 0.25):
+        draws = draws_of((0, 1), [(0, 2, k) for k in range(200)])
+        cfg = train.Method(ref_shift=share, ref_frame="first", p_drop=0.0)
+        pair = train.PAIR_OF["motion"]({"clip": clips, "prompt": ["a dog"] * 200}, enc, cfg, draws)
+        assert pair.target is clips  # what is denoised stays where it was
+        if not share:
+            assert pair.ref.equal(clips[:, :, :1])
+            assert torch.rand((), generator=draws.each[0]) == torch.rand(
+                (), generator=seeds.generator(0, 2, 0)
+            )
+            continue
+        for clip, moved in zip(clips, pair.ref, strict=True):
+            wide = np.pad(clip[:, 0].numpy(), ((0, 0), (2, 2), (3, 3)), mode="edge")
+            places = [(i, j) for i in range(5) for j in range(7)]
+            fits = [
+                (i, j) for i, j in places if (wide[:, i : i + 8, j : j + 12] == moved[:, 0].numpy()).all()
+            ]
+            assert len(fits) == 1
+            seen |= set(fits)
+    assert len(seen) > 30  # of 5 x 7 places
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(monkeypatch, tiny, tmp_path):

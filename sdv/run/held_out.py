@@ -24,6 +24,7 @@ class Settings(Protocol):
     val_batches: int
     view_drop: float
     text_drop: float
+    ref_shift: float
     dropout: str
     p_drop: float
 
@@ -82,7 +83,7 @@ def held_out_losses(
             # give the two halves of a task different objectives. No view drop.
             n, p = i % cfg.val_batches, cfg.p_drop
             p = int((n + 1) * p) - int(n * p) if cfg.dropout == "whole" else p
-            recipe = dataclasses.replace(cfg, view_drop=0.0, text_drop=0.0, p_drop=p)
+            recipe = dataclasses.replace(cfg, view_drop=0.0, text_drop=0.0, ref_shift=0.0, p_drop=p)
             pair = pair_of[task](batch, enc, recipe, fixed_draws(PROBE_PAIR, kind, i, size))
             again = partial(fixed_draws, PROBE, kind, i, size)
             losses[task].append(lambda pair=pair, again=again: denoising_loss(dit, schedule, pair, again()))
