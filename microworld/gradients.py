@@ -105,9 +105,9 @@ def main() -> None:
                 continue
             folder = out / kept.name
             studio.train(folder, data, cfg.steps, seed=seed, **probe, **RUNS[name])
-            kept.mkdir(parents=True)
-            shutil.copyfile(folder / "config.json", kept / "config.json")
             probes = map(json.dumps, thin(diagnostics_report.read(folder), seed == cfg.seeds[0]))
+            kept.mkdir(parents=True)  # now that there is something to keep
+            shutil.copyfile(folder / "config.json", kept / "config.json")
             (kept / "probes.jsonl").write_text("".join(f"{line}\n" for line in probes))
             (HERE / "table.md").write_text(table(cfg.settled))
             print(diagnostics_report.cost(folder))
