@@ -360,7 +360,7 @@ def open_encoders(
     files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
     store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames, layout.parts["text"].note)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
-    prompts |= {"", film.negative, *(shot.prompt for shot in shots)}  # "": what --text-drop leaves
+    prompts |= {film.negative, *(shot.prompt for shot in shots)} | ({""} if cfg.text_drop else set())
     say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait))
     vae = opened.pop("vae", None)
     if shots and vae is None:

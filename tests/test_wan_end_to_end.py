@@ -113,6 +113,15 @@ def test_a_resumed_run_equals_the_one_never_stopped(monkeypatch, tiny, tmp_path)
         run(monkeypatch, train, options | {"--out": tmp_path / "x", "--steps": 1, "--ref-position": "behind"})
 
 
+def test_only_dropped_captions_add_the_empty_prompt_to_the_cache(monkeypatch, tiny, tmp_path, capsys):
+    """What Wan samples away from is not empty: a cache that is whole stays so."""
+    options = {"--backbone": tiny, **RUN, "--cache": tmp_path / "cache", "--steps": 1}
+    for out, more, new in (("a", {}, None), ("b", {}, 0), ("c", {"--text-drop": 1}, 1)):
+        run(monkeypatch, train, options | more | {"--out": tmp_path / out})
+        said = capsys.readouterr().out
+        assert new is None or f"and {new} of " in said
+
+
 # ---------------------------------------------------------------------------------------- beside diffusers
 @pytest.fixture
 def pipeline(tiny):
