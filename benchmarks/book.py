@@ -118,19 +118,21 @@ def cells(row: dict, ours: float | None) -> list[str]:
     return start + numbers
 
 
-def case(row: dict) -> tuple[str, ...]:
-    """What makes rows comparable: one day, machine and commit, one thing done."""
-    return tuple(row[key] for key in ("date", "machine", "commit", "part", "what"))
+def title(row: dict) -> str:
+    """Of the table that a row belongs to: only rows of one day, machine, commit and versions compare."""
+    versions = (f"{name} {version}" for name, version in row["versions"].items())
+    return ", ".join([row["date"], row["machine"], f"commit {row['commit']}", *versions])
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown of all rows, a table for each day and commit. Peers may have been measured before ours."""
-    own = [row for row in rows if row["who"] == "sdv" and row.get("seconds")]
-    lines, ours = [LEGEND], {case(row): statistics.median(row["seconds"]) for row in own}
+    """Markdown of all rows, a table for each title. Peers may have been measured before ours."""
+    lines, ours = [LEGEND], {}
     for row in rows:
-        versions = (f"{name} {version}" for name, version in row["versions"].items())
-        title = ", ".join([row["date"], row["machine"], f"commit {row['commit']}", *versions])
-        if title not in lines:
-            lines += ["", title, "", HEAD]
-        lines.append(f"| {' | '.join(cells(row, None if row['who'] == 'sdv' else ours.get(case(row))))} |")
+        if row["who"] == "sdv" and row.get("seconds"):
+            ours[title(row), row["part"], row["what"]] = statistics.median(row["seconds"])
+    for row in rows:
+        if (head := title(row)) not in lines:
+            lines += ["", head, "", HEAD]
+        own = None if row["who"] == "sdv" else ours.get((head, row["part"], row["what"]))
+        lines.append(f"| {' | '.join(cells(row, own))} |")
     return "\n".join(lines).strip() + "\n"

@@ -151,10 +151,6 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def cell(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {spread(values):.2f}" if len(values) > 1 else "")
-
-
 Found = dict[str, dict[str, list[float]]]  # {row: {measure: a value for each seed}}
 
 
@@ -175,7 +171,7 @@ def section(found: Found) -> str:
     """Rows and verdicts at one guidance."""
     lines = ["| row | seeds | " + " | ".join(MEASURES) + " |", "|---|---:|" + "---:|" * len(MEASURES)]
     for name in (name for name in ROWS if name in found):
-        cells = [cell(found[name][measure]) for measure in MEASURES]
+        cells = [studio.cell(found[name][measure], 2) for measure in MEASURES]
         lines.append(f"| {name} | {len(found[name]['top1'])} | " + " | ".join(cells) + " |")
     lines += ["", "| claim | the paper | measure | verdict |", "|---|---|---|---|"]
     for claim in CLAIMS:

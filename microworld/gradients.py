@@ -72,19 +72,12 @@ def means(folder: Path, settled: int) -> dict[str, float]:
     return {name: statistics.mean(values) for name, values in found.items() if values}
 
 
-def cell(values: list[float]) -> str:
-    if not values:
-        return "undefined"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def table(settled: int) -> str:
     lines = [f"| run | seeds | {' | '.join(COLUMNS)} |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name in RUNS:
         runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{studio.slug(name)}-*"))]
         if runs:
-            cells = [cell([one[column] for one in runs if column in one]) for column in COLUMNS]
+            cells = [studio.cell([one[column] for one in runs if column in one], 3) for column in COLUMNS]
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

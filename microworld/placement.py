@@ -47,10 +47,8 @@ def losses(folder: Path, after: int) -> dict[str, float]:
 def main() -> None:
     cfg = parse(Config, __doc__)
     backbone, out = Path(cfg.backbone).resolve(), Path(cfg.out).resolve()
-    data, layout = (
-        studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips),
-        weights.open_backbone(studio.TOY),
-    )
+    data = studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
+    layout = weights.open_backbone(studio.TOY)
     sizes = {name: getattr(layout, name) for name in ("height", "width", "frames", "fps")}
     base, of = studio.Studio(folder=backbone), studio.cases(cfg.cases)
     done = {(row["place"], row["seed"], row["steps"]) for row in studio.read_table(FILE)}

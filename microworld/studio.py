@@ -8,9 +8,10 @@ import dataclasses
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -118,14 +119,13 @@ class Studio:
         )  # fmt: skip
         self.cfg = sample.with_defaults(cfg, self.backbone.layout)
 
-    def _load(self, *parts: str) -> weights.Backbone:
-        parts = parts or weights.PARTS
+    def _load(self, parts: Sequence[str] = weights.PARTS) -> weights.Backbone:
         return weights.load_backbone(self.folder, DEVICE, torch.bfloat16, parts, log=lambda line: None)
 
     def put_on(self, adapter: Path | None) -> None:
         """Load an adapter instead of the one before; None is the base."""
         if lora_modules(self.backbone.dit):
-            self.backbone.dit = self._load("dit").dit
+            self.backbone.dit = self._load(("dit",)).dit
         if adapter is not None:
             weights.load_adapter(self.backbone.dit, adapter)
 
@@ -162,6 +162,14 @@ def add_row(file: Path, row: dict[str, object]) -> dict[str, str]:
         columns = next(csv.reader(to))
         csv.DictWriter(to, columns).writerow(row)  # at the end, wherever it was read
     return row
+
+
+def cell(values: list[float], digits: int) -> str:
+    """A table's cell: the mean over seeds ± deviation, which a single seed does not have."""
+    if not values:
+        return "undefined"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def judge(clips: list[Tensor], of: list[Case]) -> dict:

@@ -80,7 +80,7 @@ def held_out_losses(
         losses[task] = []
         for i, batch in enumerate(halves(rows, cfg.val_batches, size)):
             # References are hidden in p_drop of the micro-batches by count: a coin for each of a few would
-            # give the two halves of a task different objectives. No view drop.
+            # give the two halves of a task different objectives. Nothing else of them is dropped or moved.
             n, p = i % cfg.val_batches, cfg.p_drop
             p = int((n + 1) * p) - int(n * p) if cfg.dropout == "whole" else p
             recipe = dataclasses.replace(cfg, view_drop=0.0, text_drop=0.0, ref_shift=0.0, p_drop=p)
