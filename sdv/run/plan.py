@@ -10,8 +10,9 @@ of it; the matrix library and the heap have the rest.
 
 Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) the
 memory is 1 % less than measured, 27.6 and 29.5 GB. Seconds agree by the table of that GPU: the shares below
-were chosen so; --keep-attention, which had no part in it, comes out within 0.2 %. On the GPU itself, at its
-speeds as `ceilings` found them, the shares of then said 12 to 13 % (clips) and 16 to 18 % (pairs) too much.
+were chosen so; --keep-attention, which had no part in it, comes out within 0.2 %. On the GPU itself, when
+`ceilings` still waited after each call, the shares of then said 12 to 13 % (clips) and 16 to 18 % (pairs) too
+much; without the waits it was not run there.
 """
 
 import dataclasses
@@ -127,16 +128,19 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
 
 
 def rate(work: Callable[[], object], flops: float, device: str) -> float:
-    """FLOP/s of work that has so many, over half a second."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    work()
-    wait()
-    start, times = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 0.5:
-        work()
-        wait()
-        times += 1
-    return flops * times / spent
+    """FLOP/s of work that has so many, over half a second; as in a step, no call waits for the one before."""
+
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds(1)
+    calls = max(1, round(0.5 / seconds(1)))
+    return flops * calls / seconds(calls)
 
 
 def product(rows: int, width: int, device: str, dtype: torch.dtype) -> float:
