@@ -15,29 +15,18 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from microworld import studio
 from sdv.data.media import write_image
-from sdv.run.settings import parse, run
+from sdv.run.settings import Count, NotNegative, Seed, parse, run
 
 HERE = studio.ROOT / "benchmarks/claims"
-
-
-@dataclass(frozen=True)
-class Config:
-    rows: tuple[str, ...] = ()  # which of them; all if not given
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training; films use seed 0
-    steps: int = 1500  # of each run
-    pairs: int = 4000  # picture pairs
-    clips: int = 64  # clips of other subjects
-    cases: int = 40  # videos a run is judged by, for each guidance
-    ref_guidance: tuple[float, ...] = (1.0, studio.REF_GUIDANCE)  # on the reference; 1: none
-    out: str = "out/study"  # worlds and runs
 
 
 ROWS: dict[str, dict[str, object]] = {  # settings of train.py that differ from the recipe
@@ -60,6 +49,20 @@ ROWS: dict[str, dict[str, object]] = {  # settings of train.py that differ from 
     "800 pairs": {},
     "8 clips": {},
 }
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: tuple[Literal[*ROWS], ...] = tuple(ROWS)  # which of them
+    seeds: tuple[Seed, ...] = (0, 1, 2)  # of training; films use seed 0
+    steps: Count = 1500  # of each run
+    pairs: Count = 4000  # picture pairs
+    clips: Count = 64  # clips of other subjects
+    cases: Count = 40  # videos a run is judged by, for each guidance
+    ref_guidance: tuple[NotNegative, ...] = (1.0, studio.REF_GUIDANCE)  # on the reference; 1: none
+    out: str = "out/study"  # worlds and runs
+
+
 COUNTS = {"800 pairs": {"pairs": 800}, "8 clips": {"clips": 8}}
 IDENTITY = ("top1", "colour")  # what a claim about identity is judged by
 MEASURES = ("top1", "top5", "colour", "shape", "motion", "dynamic", "background", "layout", "copied")
@@ -123,25 +126,26 @@ def train_row(name: str, seed: int, cfg: Config) -> Path:
 
 def sheet(of: list[studio.Case], clips: list[torch.Tensor], rows: int = 5) -> torch.Tensor:
     """References with every fourth frame of their clips, the first prompt of each subject: (3, H, W)."""
-    chosen = list(zip(of, clips, strict=True))[:: len(of) // rows][:rows]
+    chosen = list(zip(of, clips, strict=True))[:: max(1, len(of) // rows)][:rows]
     strips = [torch.cat([case.ref, *clip[:, ::4].unbind(1)], dim=-1) for case, clip in chosen]
     return torch.cat(strips, -2)
 
 
-def judge_row(
-    name: str, seed: int, cfg: Config, base: studio.Studio, of: list[studio.Case], v: float
-) -> dict:
-    """One row of the table: a run's films at a guidance v on the reference."""
+def judge_run(
+    name: str, seed: int, guidances: list[float], cfg: Config, base: studio.Studio, of: list[studio.Case]
+) -> Iterator[dict]:
+    """Rows of the table: the films of one run at each of these guidances on the reference."""
     start = time.perf_counter()
     base.put_on(train_row(name, seed, cfg))
-    trained = time.perf_counter() - start
-    clips = base.film(of, ref_guidance=v)
-    if seed == cfg.seeds[0] and v == cfg.ref_guidance[-1]:
-        write_image(HERE / f"{studio.slug(name)}.png", sheet(of, clips))
-    means = studio.judge(clips, of)["mean"]
-    about = {"row": name, "seed": seed, "steps": cfg.steps, "ref_guidance": v, "cases": len(of)}
-    about["minutes"] = round(trained / 60, 1)
-    return about | {measure: means[measure] for measure in MEASURES} | {"date": str(datetime.date.today())}
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    for v in guidances:
+        clips = base.film(of, ref_guidance=v)
+        if seed == cfg.seeds[0] and v == cfg.ref_guidance[-1]:
+            write_image(HERE / f"{studio.slug(name)}.png", sheet(of, clips))
+        means = studio.judge(clips, of)["mean"]
+        row = {"row": name, "seed": seed, "steps": cfg.steps, "ref_guidance": v, "cases": len(of)}
+        row |= {"minutes": minutes} | {measure: means[measure] for measure in MEASURES}
+        yield row | {"date": str(datetime.date.today())}
 
 
 # ── Words ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,15 +197,14 @@ def report(rows: list[dict]) -> str:
 
 def main() -> None:
     cfg = parse(Config, __doc__)
-    unknown = set(cfg.rows) - ROWS.keys()
-    if unknown:
-        raise ValueError(f"--rows {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
     HERE.mkdir(exist_ok=True)
     base, of, table = studio.Studio(), studio.cases(cfg.cases), HERE / "claims.csv"
     done = {(row["row"], row["seed"], row["steps"], row["ref_guidance"]) for row in studio.read_table(table)}
-    for seed, name, v in itertools.product(cfg.seeds, cfg.rows or ROWS, cfg.ref_guidance):
-        if (name, str(seed), str(cfg.steps), f"{v:.4g}") not in done:
-            print(json.dumps(studio.add_row(table, judge_row(name, seed, cfg, base, of, v))))
+    for seed, name in itertools.product(cfg.seeds, cfg.rows):
+        this = name, str(seed), str(cfg.steps)
+        left = [v for v in cfg.ref_guidance if (*this, f"{v:.4g}") not in done]
+        for row in judge_run(name, seed, left, cfg, base, of) if left else ():
+            print(json.dumps(studio.add_row(table, row)))
         (HERE / "claims.md").write_text(report(studio.read_table(table)))
 
 

@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from microworld import studio
 from microworld.demo_page import page
-from sdv.run.settings import parse, run
+from sdv.run.settings import Count, Seed, parse, run
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = "out/demo"  # world, run, index.html; what is there already is not made again
-    steps: int = 230  # of the fresh adapter's training
-    pairs: int = 1600  # picture pairs
-    clips: int = 64  # clips of other subjects
-    cases: int = 12  # videos of each column, four for a subject
-    seed: int = 0  # of training and sampling
+    steps: Count = 230  # of the fresh adapter's training
+    pairs: Count = 1600  # picture pairs
+    clips: Count = 64  # clips of other subjects
+    cases: Count = 12  # videos of each column, four for a subject
+    seed: Seed = 0  # of training and sampling
 
 
 def main() -> None:

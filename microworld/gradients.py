@@ -11,10 +11,11 @@ import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from microworld import studio
 from sdv.run import report as diagnostics_report
-from sdv.run.settings import parse, run
+from sdv.run.settings import Count, CountOrNone, Seed, parse, run
 
 HERE = studio.ROOT / "benchmarks/gradients"
 RUNS: dict[str, dict[str, object]] = {
@@ -28,13 +29,13 @@ COLUMNS = ("cross", "identity", "motion", "corrected")
 
 @dataclass(frozen=True)
 class Config:
-    runs: tuple[str, ...] = tuple(RUNS)  # which of them
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training; the probe's own draws do not depend on it
-    steps: int = 1000  # of each run (paper: the first 1,000)
-    every: int = 50  # steps between probes (paper: 5 to 50)
-    settled: int = 100  # the table's means begin after this step
-    pairs: int = 4000  # picture pairs
-    clips: int = 64  # clips of other subjects
+    runs: tuple[Literal[*RUNS], ...] = tuple(RUNS)  # which of them
+    seeds: tuple[Seed, ...] = (0, 1, 2)  # of training; the probe's own draws do not depend on it
+    steps: Count = 1000  # of each run (paper: the first 1,000)
+    every: Count = 50  # steps between probes (paper: 5 to 50)
+    settled: CountOrNone = 100  # the table's means begin after this step
+    pairs: Count = 4000  # picture pairs
+    clips: Count = 64  # clips of other subjects
     out: str = "out/gradients"  # worlds and runs
 
 

@@ -11,11 +11,12 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import weights
 from microworld import studio
 from sdv.models.wan_dit import WanDiT
-from sdv.run.settings import parse, run
+from sdv.run.settings import Count, Seed, parse, run
 
 FILE = studio.ROOT / "benchmarks/placement.csv"
 MEASURES = ("top1", "top5", "colour", "motion", "dynamic", "background", "copied")
@@ -24,13 +25,13 @@ MEASURES = ("top1", "top5", "colour", "motion", "dynamic", "background", "copied
 @dataclass(frozen=True)
 class Config:
     backbone: str = "out/wan/model"  # a Wan of the micro-world
-    places: tuple[str, ...] = WanDiT.ref_positions  # which of them
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training
-    steps: int = 600  # of each run
-    last: int = 200  # steps over which the losses are averaged
-    cases: int = 40  # videos a run is judged by
-    pairs: int = 2000  # picture pairs
-    clips: int = 64  # clips of other subjects
+    places: tuple[Literal[*WanDiT.ref_positions], ...] = WanDiT.ref_positions  # which of them
+    seeds: tuple[Seed, ...] = (0, 1, 2)  # of training
+    steps: Count = 600  # of each run
+    last: Count = 200  # steps over which the losses are averaged
+    cases: Count = 40  # videos a run is judged by
+    pairs: Count = 2000  # picture pairs
+    clips: Count = 64  # clips of other subjects
     out: str = "out/placement"  # worlds and runs
 
 

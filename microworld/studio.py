@@ -58,8 +58,8 @@ def make_world(out: Path, **counts: int) -> Path:
     """Write the splits that are asked for, once: pairs= and clips= say how many rows."""
     done = out / "counts.json"
     if not done.is_file() or json.loads(done.read_text()) != counts:
-        flags = arguments({"base": 0, "heldout": 0} | counts)
-        subprocess.run([sys.executable, "-m", "microworld.world", str(out), *flags], cwd=ROOT, check=True)
+        flags = arguments({"out": out, "base": 0, "heldout": 0} | counts)
+        subprocess.run([sys.executable, "-m", "microworld.world", *flags], cwd=ROOT, check=True)
         done.write_text(json.dumps(counts))
     return out
 

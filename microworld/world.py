@@ -1,6 +1,6 @@
 """The micro-world: subjects that move as the prompt says, before the background that it names.
 
-    python -m microworld.world OUT --size 64 --frames 17 --seed 0 --base 2000 --pairs 2000 --clips 64
+    python -m microworld.world --out out/world --base 2000 --pairs 2000 --clips 64 --heldout 32
 
 Four splits that never share a subject, whatever the seeds, written as ordinary media beside a metadata.jsonl:
     base      captioned clips for pretraining; half of the captions also name the colour of the body
@@ -10,13 +10,13 @@ Four splits that never share a subject, whatever the seeds, written as ordinary 
 All times are fractions of the clip: 9 frames show the same path as 17.
 """
 
-import argparse
 import json
 import os
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from microworld.sprites import (
     subject,
 )
 from sdv.data.media import from_uint8, write_image, write_video
-from sdv.run.settings import run
+from sdv.run.settings import Count, CountOrNone, Range, Rate, Seed, parse, run
 
 MOTIONS = {  # the first phrase is the one used for evaluation
     "left": ("moves to the left", "goes left"),
@@ -328,35 +328,31 @@ def write_split(folder: Path, write, count: int, jobs: int) -> None:
     (folder / name).write_text("\n".join(lines) + "\n")
 
 
+@dataclass(frozen=True)
+class Config:
+    out: str = "out/world"  # a folder for each split
+    size: Annotated[int, Range(16, 1024)] = 64  # side of the training frames, pixels
+    frames: Count = 17  # of a clip
+    fps: Rate = 8.0  # of a clip
+    seed: Seed = 0  # draws other scenes, and other subjects of each split's own
+    base: CountOrNone = 2000  # captioned clips
+    pairs: CountOrNone = 2000  # picture pairs
+    clips: CountOrNone = 64  # clips without pairs
+    heldout: CountOrNone = 32  # held-out subjects, four prompts each
+    jobs: Count = os.cpu_count() or 1  # processes; the files do not depend on it
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="microworld.world", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    for name, default, text in (
-        ("size", 64, "side of the training frames, pixels"),
-        ("frames", 17, "frames of a clip"),
-        ("seed", 0, "draws other scenes, and other subjects of each split's own"),
-        ("base", 2000, "captioned clips"),
-        ("pairs", 2000, "picture pairs"),
-        ("clips", 64, "clips without pairs"),
-        ("heldout", 32, "held-out subjects, four prompts each"),
-        ("jobs", os.cpu_count(), "processes; the files do not depend on it"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--fps", type=float, default=8, help="frames per second (default 8)")
-    args = parser.parse_args()
-    if args.size < 16 or args.frames < 1 or args.jobs < 1:
-        parser.error("--size must be at least 16, --frames and --jobs at least 1")
-    video = {"size": args.size, "frames": args.frames, "fps": args.fps, "seed": args.seed}
+    cfg = parse(Config, __doc__)
+    video = {"size": cfg.size, "frames": cfg.frames, "fps": cfg.fps, "seed": cfg.seed}
     for split, write, count in (
-        ("base", partial(_write_clip, split="base", **video), args.base),
-        ("pairs", partial(_write_pair, size=args.size, seed=args.seed), args.pairs),
-        ("clips", partial(_write_clip, split="clips", **video), args.clips),
-        ("heldout", partial(_write_heldout, size=args.size, seed=args.seed), args.heldout),
+        ("base", partial(_write_clip, split="base", **video), cfg.base),
+        ("pairs", partial(_write_pair, size=cfg.size, seed=cfg.seed), cfg.pairs),
+        ("clips", partial(_write_clip, split="clips", **video), cfg.clips),
+        ("heldout", partial(_write_heldout, size=cfg.size, seed=cfg.seed), cfg.heldout),
     ):
         if count:
-            write_split(args.out / split, write, count, args.jobs)
+            write_split(Path(cfg.out) / split, write, count, cfg.jobs)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import sample
 import train
 from helpers import MEDIA, ROOT, RUN, SIZE, argv, run
+from microworld import claims, demo, gradients, placement, world
 from sdv.run.settings import parse
 
 
@@ -52,6 +53,21 @@ def test_sample_refuses_in_the_same_way(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--backbone", "nowhere", "--prompt", "a dog", *words])
     with pytest.raises(ValueError, match=words[0]):
         sample.main()
+
+
+@pytest.mark.parametrize(
+    ("study", "words"),
+    [
+        (claims, "--rows nothing"), (claims, "--rows"), (claims, "--cases 0"), (claims, "--ref-guidance nan"),
+        (demo, "--cases -1"), (gradients, "--every 0"), (gradients, "--runs no"), (gradients, "--seeds -1"),
+        (placement, "--places nowhere"), (world, "--fps 0"), (world, "--pairs -3"), (world, "--size 8"),
+    ],
+)  # fmt: skip
+def test_studies_refuse_in_the_same_way(study, words, capsys):
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        parse(study.Config, "", words.split())
+    said = str(caught.value) + capsys.readouterr().err
+    assert words.split()[0] in said and "\n" not in said.strip()
 
 
 def test_old_names_are_read_for_this_version_with_a_line(capsys):

@@ -124,7 +124,7 @@ def test_a_clip_shows_the_same_path_at_any_length():
 
 def write(out, jobs: int) -> dict[str, str]:
     counts = [f"--{split}=3" for split in ("base", "pairs", "clips", "heldout")]
-    command = [sys.executable, "-m", "microworld.world", str(out), "--size=32", "--frames=9", *counts]
+    command = [sys.executable, "-m", "microworld.world", f"--out={out}", "--size=32", "--frames=9", *counts]
     subprocess.run([*command, f"--jobs={jobs}"], check=True, capture_output=True)
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

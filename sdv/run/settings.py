@@ -168,7 +168,7 @@ def _converter(annotation: type) -> dict:
     if origin is typing.Literal:
         return {"choices": arguments}
     if origin is tuple:
-        return {"type": arguments[0], "nargs": "+"}
+        return _converter(arguments[0]) | {"nargs": "+"}
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": annotation}
