@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
-from sdv.data.captions import clean_caption
+from sdv.data.captions import clean_caption, say_cut
 from sdv.data.files import write_whole
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.sizes import with_model_defaults
@@ -39,7 +39,7 @@ class Film:
     backbone: str  # checkpoint folder in the diffusers layout
     prompt: tuple[str, ...] = ()  # one or more
     ref: str = ""  # picture of the subject; none: text-to-video
-    seed: tuple[Seed, ...] = (0,)  # one or more
+    seed: tuple[Seed, ...] | None = None  # one or more [0]
     manifest: str = ""  # a list of films instead of the three above
     ref_fit: Literal["crop", "pad"] = "crop"  # reference to the size: cut, or white borders (paper's tests)
     adapter: str = ""  # LoRA file; none: the base model
@@ -142,7 +142,7 @@ def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
 
 def wanted(cfg: Config) -> list[Shot]:
     """The films that are asked for, by prompts and seeds or by a manifest."""
-    if bool(cfg.prompt) == bool(cfg.manifest) or (cfg.manifest and cfg.ref):
+    if bool(cfg.prompt) == bool(cfg.manifest) or (cfg.manifest and (cfg.ref or cfg.seed)):
         raise ValueError("give --prompt, with --ref and --seed, or --manifest, which names all three")
     if not cfg.adapter and (cfg.merge or cfg.lora_alpha is not None):
         raise ValueError("--merge and --lora-alpha are about an adapter: give --adapter as well")
@@ -151,7 +151,7 @@ def wanted(cfg: Config) -> list[Shot]:
     else:
         ref = Path(cfg.ref) if cfg.ref else None
         prompts = [prompt and clean_caption(prompt, "--prompt") for prompt in cfg.prompt]
-        shots = [Shot(prompt, ref, seed) for prompt in prompts for seed in cfg.seed]
+        shots = [Shot(prompt, ref, seed) for prompt in prompts for seed in cfg.seed or (0,)]
     if cfg.ref_guidance != 1 and not any(shot.ref for shot in shots):
         raise ValueError(
             f"--ref-guidance {cfg.ref_guidance:g}: there is no reference to be guided by; give --ref"
@@ -178,7 +178,12 @@ def main() -> None:
     if cfg.adapter:
         with torch.device("meta"):
             print(weights.load_adapter(layout.parts["dit"].build(), cfg.adapter, cfg.lora_alpha))
-    films = dict(zip(film_names(shots, dataclasses.asdict(cfg)), shots, strict=True))
+    prompts = dict.fromkeys(shot.prompt for shot in shots)
+    cut = say_cut(((f"{prompt:.30}...", prompt) for prompt in prompts), *weights.token_counter(layout))
+    if cut:
+        print(cut)
+    model = weights.sources(layout) + (weights.files_of(Path(cfg.adapter)) if cfg.adapter else [])
+    films = dict(zip(film_names(shots, dataclasses.asdict(cfg), model), shots, strict=True))
     for name in [name for name in films if (out / name).exists()]:
         print(f"{out / name} is there already and is kept")
         list_film(out, name, films.pop(name))

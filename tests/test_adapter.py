@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from helpers import TINY_DIT, relative_error
+from helpers import TINY_DIT, full_disk, relative_error
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
 from sdv.lora import merge as merge_lora
 from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.positions import place_reference
 from sdv.models.wan_dit import WanDiT
 from weights import adapter, cogvideox, formats, wan
 from weights import tiny as tiny_models
@@ -325,8 +326,45 @@ def test_diffusers_loads_a_merged_transformer(family, dtype, folders, tmp_path, 
         assert torch.equal(tensor.to(dtype), wanted.to(dtype)), name
     stored = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert not list((tmp_path / "out" / "transformer").glob(".*"))
+    (tmp_path / "killed/transformer").mkdir(parents=True)
+    (tmp_path / "killed/transformer/.a.tmp").touch()
+    command(monkeypatch, "merge", file, tmp_path / "killed", "--backbone", base)
     with pytest.raises(SystemExit, match="not empty"):
         command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+
+
+def test_each_tensor_of_a_merged_transformer_has_the_dtype_that_it_had(folders, tmp_path, monkeypatch):
+    base, file = shutil.copytree(folders[WanDiT], tmp_path / "base"), tmp_path / "a.safetensors"
+    whole = base / "transformer" / wan.DIT_FILE
+    norms = {"scale_shift_table", "time", "norm"}  # diffusers keeps these in fp32 when it saves in bf16
+    mixed = {
+        name: tensor if any(word in name for word in norms) else tensor.bfloat16()
+        for name, tensor in load_file(whole).items()
+    }
+    save_file(mixed, whole, {"format": "pt"})
+    weights.save_adapter(adapted(base), file)
+    command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+    merged = load_file(tmp_path / "out/transformer" / wan.DIT_FILE)
+    assert {name: x.dtype for name, x in merged.items()} == {name: x.dtype for name, x in mixed.items()}
+    assert len({x.dtype for x in merged.values()}) == 2
+
+
+def test_a_merged_wan_has_the_reference_where_its_adapter_had_it(folders, tmp_path, monkeypatch):
+    base, file = folders[WanDiT], tmp_path / "a.safetensors"
+    dit = adapted(base)
+    place_reference(dit, "beside")
+    weights.save_adapter(dit, file)
+    command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+    whole = shutil.copytree(base, tmp_path / "whole")
+    shutil.copytree(tmp_path / "out", whole, dirs_exist_ok=True)
+    merged = weights.load_backbone(whole, parts=("dit",), log=quiet).dit
+    assert merged.ref_position == "beside"
+    rng = torch.Generator().manual_seed(0)
+    x, ref = (torch.randn(1, dit.cfg.channels, n, 4, 4, generator=rng) for n in (3, 1))
+    inputs = x, torch.tensor([500.0]), torch.randn(1, 5, dit.cfg.text_dim, generator=rng), ref
+    with torch.no_grad():
+        assert relative_error(merged(*inputs), dit(*inputs)) < 1e-6
 
 
 def test_wans_original_layout_is_merged_in_its_own_names(folders, tmp_path, monkeypatch):
@@ -424,6 +462,19 @@ def test_bad_files_give_one_error_with_file_and_reason(flaw, tmp_path):
     with pytest.raises(ValueError, match=match) as error:
         weights.load_adapter(BUILD[WanDiT](), tmp_path / "bad.safetensors")
     assert "bad.safetensors" in str(error.value)
+
+
+def test_a_peft_folder_that_could_not_be_replaced_has_no_wrong_strength(tmp_path):
+    """A LoRA of alpha 8 is replaced by one of alpha 64 on a full disk: the old one stays as it was."""
+    old, new = (randomised(BUILD[WanDiT](), [(8, alpha, ("attn.q",))]) for alpha in (8.0, 64.0))
+    weights.save_adapter(old, tmp_path / "peft", "peft")
+    with full_disk(2000), pytest.raises(OSError, match="adapter_model.safetensors: could not be written"):
+        weights.save_adapter(new, tmp_path / "peft", "peft")
+    assert "alpha 8" in weights.load_adapter(BUILD[WanDiT](), tmp_path / "peft")
+    with pytest.raises(ValueError, match="adapter_config.json beside it; name another file"):
+        weights.save_adapter(new, tmp_path / "peft/adapter_model.safetensors", "diffusers")
+    weights.save_adapter(new, tmp_path / "peft", "peft")
+    assert "alpha 64" in weights.load_adapter(BUILD[WanDiT](), tmp_path / "peft")
 
 
 def test_other_misuse_gives_one_error(tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """Settings: ranges, conflicts, old names, help. A refusal is one line, before any file is read."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from helpers import MEDIA, ROOT, RUN, SIZE, argv, run
+import weights
+from helpers import MEDIA, ROOT, RUN, SIZE, argv, full_disk, run
 from microworld import claims, demo, gradients, placement, world
+from sdv.lora import adapt
+from sdv.run.films import Shot, film_names, list_film, read_shots
 from sdv.run.settings import parse
 
 
@@ -46,6 +51,7 @@ def test_the_edges_of_a_range_are_legal(words):
     [
         ["--steps", "0"], ["--guidance", "-1"], ["--ref-guidance", "nan"], ["--seed", "0", "-1"],
         ["--merge"], ["--lora-alpha", "2"], ["--ref-guidance", "2"], ["--manifest", "m.jsonl"],
+        ["--seed", "5", "--prompt", "", "--manifest", "m.jsonl"],
     ],
 )  # fmt: skip
 def test_sample_refuses_in_the_same_way(words, monkeypatch):
@@ -104,6 +110,49 @@ def test_films_have_names_of_their_own_and_are_kept(monkeypatch, tiny, tmp_path,
     assert capsys.readouterr().out.count("is there already and is kept") == 5
     assert {film: film.read_bytes() for film in tmp_path.glob("*.mp4")} == films
     assert len((tmp_path / "films.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_film_has_another_name_with_other_weights_or_another_strength(tiny, tmp_path):
+    """Of one folder's name and one weights file's: a merged base, and peft's alpha beside its weights."""
+    shot, folder = [Shot("a dog", None, 0)], tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    dit = weights.load_backbone(folder, parts=("dit",), log=lambda line: None).dit
+    adapt(dit, 8, 8.0)
+    weights.save_adapter(dit, tmp_path / "peft", "peft")
+    adapter = tmp_path / "peft" / "adapter_model.safetensors"
+
+    def name() -> str:
+        files = weights.sources(weights.open_backbone(folder)) + weights.files_of(adapter)
+        return film_names(shot, {"steps": 1}, files)[0]
+
+    names = [name()]
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 64'))
+    names.append(name())
+    changed = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(changed)
+    # One layer of a checkpoint that is mostly others: larger than the distance of the pieces.
+    key = next(key for key in tensors if key.endswith("ff.net.2.weight"))
+    assert tensors[key].nbytes > changed.stat().st_size / 256
+    save_file(tensors | {key: tensors[key] + 1}, changed, {"format": "pt"})
+    names.append(name())
+    assert len(set(names)) == 3 and name() == names[-1]
+
+
+def test_a_list_of_films_that_a_full_disk_has_cut_goes_on_whole(tmp_path):
+    for i in range(2):
+        list_film(tmp_path, f"{i}.mp4", Shot("a dog", None, i))
+    whole = (tmp_path / "films.jsonl").read_bytes()
+    with full_disk(len(whole) + 20), pytest.raises(OSError):
+        list_film(tmp_path, "2.mp4", Shot("a dog", None, 2))
+    list_film(tmp_path, "3.mp4", Shot("a dog", None, 3))
+    assert [shot.seed for shot in read_shots(tmp_path / "films.jsonl")] == [0, 1, 3]
+
+
+def test_a_long_prompt_is_told_and_a_folder_may_have_any_name(monkeypatch, tiny, tmp_path, capsys):
+    out, long = tmp_path / "16:9", "a dog that runs along a beach and further along " * 8
+    run(monkeypatch, sample, {"--backbone": tiny, **SIZE, "--steps": 1, "--prompt": long, "--out": out})
+    assert "1 of 1 captions are cut to" in capsys.readouterr().out and len(list(out.glob("*.mp4"))) == 1
 
 
 def test_a_manifest_is_filmed_in_one_load_and_goes_on_where_it_was_stopped(monkeypatch, tiny, tmp_path):

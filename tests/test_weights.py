@@ -93,6 +93,11 @@ def test_saved_and_loaded_again_is_the_same(tiny, tmp_path):
         (lambda p: (p / "vae/config.json").write_text("{"), ValueError, "vae/config.json.*broken JSON"),
         (lambda p: (p / "tokenizer/spiece.model").unlink(), FileNotFoundError, "spiece.model"),
         (lambda p: shutil.rmtree(p / "transformer"), FileNotFoundError, "transformer"),
+        (
+            lambda p: shutil.copy(shard(p), p / "transformer/diffusion_pytorch_model.safetensors"),
+            ValueError,
+            "lies beside an index of shards",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(broken, damage, error, match):

@@ -9,13 +9,14 @@ needed: the keys tell CogVideoX from Wan. With --backbone, names and shapes are 
 """
 
 import argparse
+import json
 import re
-import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
+from sdv.data.files import write_whole
 from sdv.lora import lora_modules
 from sdv.lora import merge as merge_lora
 from sdv.run.settings import run
@@ -23,7 +24,7 @@ from weights.adapters import check_fit, load_adapter
 from weights.backbone import load_backbone, open_backbone
 from weights.formats import FORMATS, Adapter, label, read, write
 from weights.layout import Layout
-from weights.tensors import Checkpoint, save_module
+from weights.tensors import Checkpoint, plan, read_json, save_module
 
 
 def convert(source: Path, target: Path, format: str, alpha: float | None, backbone: str) -> None:
@@ -55,24 +56,31 @@ def inspect(source: Path, alpha: float | None, backbone: str) -> None:
 
 
 def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> None:
-    """Write the backbone's transformer with an adapter in its weights, in its layout and its stored dtype."""
+    """Write the backbone's transformer with an adapter in it, in its layout and its stored dtypes."""
     layout = open_backbone(backbone)
     part = layout.parts["dit"]
-    if (target / part.folder).exists() and any((target / part.folder).iterdir()):
-        raise ValueError(f"{target / part.folder}: not empty; name a new folder for the merged transformer")
+    folder = target / part.folder
+    if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; name a new folder for the merged transformer")
     # What can be wrong with the adapter is found before the weights are read.
     with torch.device("meta"):
         load_adapter(part.build(), source, alpha)
-    stored = Checkpoint(layout.path / part.source).dtypes()
-    dtype = torch.bfloat16 if stored == "BF16" else torch.float32
+    stored = Checkpoint(layout.path / part.source)
+    dtype = torch.bfloat16 if stored.dtypes() == "BF16" else torch.float32
     dit = load_backbone(backbone, dtype=dtype, parts=("dit",)).dit
     print(load_adapter(dit, source, alpha))
     merge_lora(dit)
     for module in lora_modules(dit).values():
         del module.lora_A, module.lora_B  # what is left are the names of the base
-    save_module(dit, part.names, target / part.folder / part.file, dtype)
-    shutil.copyfile(layout.path / part.folder / "config.json", target / part.folder / "config.json")
-    print(f"{target / part.folder}: the merged transformer, {dtype}".replace("torch.", ""))
+    for ours, theirs in plan(dit, part.names, stored).items():
+        parameter = dit.get_parameter(ours)
+        parameter.data = parameter.to(torch.bfloat16 if stored.dtype(theirs) == "BF16" else torch.float32)
+    save_module(dit, part.names, folder / part.file)
+    config = read_json(layout.path / part.folder / "config.json")
+    if len(dit.ref_positions) > 1:  # the adapter said which
+        config["ref_position"] = dit.ref_position
+    write_whole(folder / "config.json", lambda to: to.write_text(json.dumps(config, indent=2) + "\n"))
+    print(f"{folder}: the merged transformer, {stored.dtypes()}")
 
 
 def _read(source: Path, alpha: float | None, backbone: str) -> Adapter:

@@ -255,6 +255,7 @@ def read_layout(path: Path) -> Layout:
     tokenizer = Tokenizer(read_pieces(path / TOKENIZER), dit.text_tokens)
     require_rows(path / CONFIGS["text"], tokenizer, text)
     vocabulary = sorted(str(file.relative_to(path)) for file in path.glob("tokenizer/*"))
+    index = ["model_index.json"] if (path / "model_index.json").is_file() else []
     weights_file = "diffusion_pytorch_model.safetensors"
     return Layout(
         path=path,
@@ -270,7 +271,7 @@ def read_layout(path: Path) -> Layout:
             ),
         },
         schedule=read_config(path / CONFIGS["schedule"], schedule_from),
-        files=("model_index.json", *CONFIGS.values(), *vocabulary),
+        files=(*index, *CONFIGS.values(), *vocabulary),
         frames=dit.base_frames,
         height=dit.base_height * vae.spatial_ratio,
         width=dit.base_width * vae.spatial_ratio,

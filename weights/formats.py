@@ -234,9 +234,16 @@ def read(path: Path, family: Family | None = None, alpha: float | None = None) -
     return Adapter(path, name, family, updates, notes, alpha_from)
 
 
+def files_of(path: Path) -> list[Path]:
+    """What an adapter is read from: its file and, if peft wrote it, the settings beside it."""
+    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    config = file.with_name(PEFT_CONFIG)
+    return [file, config] if file.name == PEFT_WEIGHTS and config.is_file() else [file]
+
+
 def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict]:
     """The tensors of a file or PEFT folder, its notes, and peft's settings ({} if there are none)."""
-    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    file, *configs = files_of(path)
     if not file.is_file():
         hint = f", a folder as peft writes it has one; or name the file in {path}" if path.is_dir() else ""
         raise FileNotFoundError(f"{file}: no such adapter file{hint}")
@@ -246,8 +253,8 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict]:
             metadata = opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file, or cut short ({error})") from error
-    if file.name == PEFT_WEIGHTS and (config := file.with_name(PEFT_CONFIG)).is_file():
-        where, settings = str(config), read_json(config)
+    if configs:
+        where, settings = str(configs[0]), read_json(configs[0])
     else:
         where = f"{file}: {METADATA} in its metadata"
         try:
@@ -355,6 +362,8 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
         raise ValueError(f"{path}: {name} is a folder with {PEFT_CONFIG} in it; name a folder")
     if format.alpha != "config" and path.is_dir():
         raise ValueError(f"{path}: a folder; {name} is one file")
+    if format.alpha != "config" and len(files_of(path)) > 1:
+        raise ValueError(f"{path}: would be read by the {PEFT_CONFIG} beside it; name another file")
     down, up = format.halves[0]
     tensors, updates = {}, {}
     for ours, update in adapter.known.updates.items():
@@ -376,10 +385,12 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
     if format.alpha == "metadata":
         prefixed = {f"transformer.{field}": value for field, value in settings.items()}
         metadata[METADATA] = json.dumps(prefixed, sort_keys=True)
-    if format.alpha == "config":
-        text = json.dumps({"peft_type": "LORA", "bias": "none", **settings}, indent=2, sort_keys=True)
-        write_whole(path / PEFT_CONFIG, lambda file: file.write_text(text + "\n"))
-    save_tensors(path / PEFT_WEIGHTS if format.alpha == "config" else path, tensors, metadata)
+    if format.alpha != "config":
+        return save_tensors(path, tensors, metadata)
+    # Old settings must not meet new weights, whenever this is stopped: they would have another strength.
+    save_tensors(path / PEFT_WEIGHTS, tensors, metadata, outdated=path / PEFT_CONFIG)
+    text = json.dumps({"peft_type": "LORA", "bias": "none", **settings}, indent=2, sort_keys=True)
+    write_whole(path / PEFT_CONFIG, lambda file: file.write_text(text + "\n"))
 
 
 def _theirs(path: Path, ours: str, name: str, family: Family) -> str:

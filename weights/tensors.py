@@ -67,9 +67,12 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.where[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """A tensor's stored dtype, as the file headers call it."""
+        return self.where[name].get_slice(name).get_dtype()
+
     def dtypes(self) -> str:
-        """Stored dtypes, as the file headers call them."""
-        return "/".join(sorted({file.get_slice(name).get_dtype() for name, file in self.where.items()}))
+        return "/".join(sorted({self.dtype(name) for name in self.where}))
 
 
 class Pickle:
@@ -112,8 +115,13 @@ def shards(folder: Path) -> list[Path]:
             "shards. Download the folder again."
         )
     index = folder / f"{stem}.safetensors.index.json"
+    whole = folder / f"{stem}.safetensors"
     if not index.is_file():
-        return [folder / f"{stem}.safetensors"]
+        return [whole]
+    if whole.is_file():
+        raise ValueError(
+            f"{folder}: {whole.name} lies beside an index of shards; which is meant? Move one of them away"
+        )
     names = read_json(index, "weight_map").values()
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{index}: weight_map names something else than files. Download it again.")
@@ -225,17 +233,31 @@ def load_into(
     return Report(Path(source).name, tensors, count, checkpoint.dtypes(), dtype, size / 1e9, seconds)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one file (safetensors, or a .pth without metadata) whole or not at all: flushed, then renamed."""
+def save_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    outdated: Path | None = None,
+) -> None:
+    """Write one file (safetensors, or a .pth without metadata) whole or not at all: flushed, then renamed.
+
+    outdated: a file about the one that is replaced; it goes once the new one is on the disk.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if path.suffix == ".pth":
-        write_whole(path, lambda to: torch.save(tensors, to))
-    else:
-        write_whole(path, lambda to: save_safetensors(tensors, to, metadata))
+
+    def write(to: Path) -> None:
+        if path.suffix == ".pth":
+            torch.save(tensors, to)
+        else:
+            save_safetensors(tensors, to, metadata)
+        if outdated:
+            outdated.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
-def save_module(module: nn.Module, names: Names, path: Path, dtype: torch.dtype) -> None:
-    """Write a module's parameters under their names."""
+def save_module(module: nn.Module, names: Names, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a module's parameters under their names, in a dtype or each in its own."""
     table = reverse(names)
     tensors = {rename(name, table): parameter.to(dtype) for name, parameter in module.named_parameters()}
     save_tensors(path, tensors, {"format": "pt"})

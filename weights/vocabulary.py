@@ -13,6 +13,7 @@ from sentencepiece import SentencePieceProcessor
 from sdv.models.text import EOS, PAD, UNK
 
 NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5  # kinds of pieces
+GET_IT = "copy spiece.model from the original checkpoint (transformers 5 does not save it with a pipeline)"
 SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
 
 
@@ -23,7 +24,7 @@ def read_pieces(path: str | Path, unk: int = UNK) -> SentencePieceProcessor:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the tokenizer needs the checkpoint's spiece.model")
+        raise FileNotFoundError(f"{path}: no such file; {GET_IT}")
     try:
         if path.suffix == ".json":
             pieces = SentencePieceProcessor(model_proto=sentencepiece_model(path))
@@ -46,7 +47,7 @@ def sentencepiece_model(path: Path) -> bytes:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(f"{path}: damaged, or not a tokenizer.json ({error!r}). Get it again.") from error
     if not supported:
-        raise ValueError(f"{path}: supported is UMT5's kind, Unigram without normalization rules")
+        raise ValueError(f"{path}: supported is UMT5's kind, Unigram without normalization rules; {GET_IT}")
     return serialised
 
 
@@ -54,6 +55,8 @@ def _serialised(content: dict) -> tuple[bool, bytes]:
     """Whether it is of the supported kind, and the model."""
     model, normalizer, added = content["model"], content["normalizer"], content["added_tokens"]
     vocabulary, unknown = model["vocab"], model["unk_id"]
+    if normalizer is None:
+        return False, b""
     rules = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
     if model["type"] != "Unigram" or model.get("byte_fallback") or rules != [SPACES]:
         return False, b""

@@ -164,7 +164,7 @@ def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
 
 def _encode_video(path: Path, clip: torch.Tensor, fps: float) -> None:
     height, width = clip.shape[-2:]
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

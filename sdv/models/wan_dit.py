@@ -37,6 +37,7 @@ class WanConfig:
     text_dim: int = 4096
     text_tokens: int = 512
     norm_eps: float = 1e-6
+    ref_position: str = "far"  # of the reference; the lowest losses of the four: benchmarks/placement.md
 
     @property
     def dim(self) -> int:
@@ -127,7 +128,7 @@ class WanDiT(nn.Module):
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.recompute_every = 0  # recompute every n-th block in backward; 0: keep all activations
         self.keep_attention = False  # what self-attention returned stays in recomputed blocks
-        self.ref_position = "far"  # the lowest losses of the four: benchmarks/placement.md
+        self.ref_position = cfg.ref_position
         self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
 
     @property

@@ -3,11 +3,12 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from sdv.data.captions import clean_caption
-from sdv.data.files import content_hash, digest, parse_json
+from sdv.data.files import content_hash, digest, parse_json, sampled_hash
 from sdv.data.rows import find_file, read_lines
 
 
@@ -56,14 +57,14 @@ def _shot(manifest: Path, number: int, line: bytes) -> Shot:
 NOT_SEEN = ("prompt", "ref", "seed", "manifest", "out", "adapter", "backbone")  # or named by their content
 
 
-def film_names(shots: list[Shot], settings: dict) -> list[str]:
+def film_names(shots: list[Shot], settings: dict, model: Iterable[Path]) -> list[str]:
     """A name for each: number, seed, words, and a digest of all that makes the film what it is.
 
-    settings: sample.py's, by name. Two films have one name only if they are the same film.
+    settings: sample.py's, by name; model: the files of backbone and adapter. Two films have one name only if
+    they are the same film.
     """
     made_by = {name: value for name, value in settings.items() if name not in NOT_SEEN}
-    made_by["backbone"] = Path(settings["backbone"]).resolve().name
-    made_by["adapter"] = settings["adapter"] and content_hash(settings["adapter"])
+    made_by["model"] = [sampled_hash(file) for file in model]
     refs = {shot.ref: content_hash(shot.ref) for shot in shots if shot.ref}
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(shot.prompt for shot in shots))}
     names = []
@@ -78,10 +79,11 @@ def film_names(shots: list[Shot], settings: dict) -> list[str]:
 def list_film(out: Path, name: str, shot: Shot) -> None:
     """Add a film to out/films.jsonl, once: the list by which others know what it was to show."""
     table = out / "films.jsonl"
-    known = table.read_text(encoding="utf-8") if table.exists() else ""
+    known = table.read_bytes() if table.exists() else b""
     ref = os.path.relpath(shot.ref, out) if shot.ref else None
     row = {"file_name": name, "prompt": shot.prompt, "reference_file_name": ref, "seed": shot.seed}
-    line = json.dumps(row) + "\n"
+    line = json.dumps(row).encode() + b"\n"
     if line not in known:
-        with open(table, "a", encoding="utf-8") as file:
+        with open(table, "ab") as file:
+            file.truncate(known.rfind(b"\n") + 1)  # of a line that a full disk has cut, nothing stays
             file.write(line)
