@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -144,6 +143,7 @@ def train_step(step: int, run: Training, cfg: "Config") -> tuple[dict[str, list[
     parallel.average(run.surgery.sums())  # over processes
     run.surgery.put()  # the tasks' gradients as one: their sum, or PCGrad's
     norm = parallel.whole(nn.utils.clip_grad_norm_(run.surgery.params, cfg.max_grad_norm))
+    require_finite_gradient(norm, step)
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -260,6 +260,9 @@ def kept_settings(cfg: Config, world: int) -> dict:
     kept["batch"] = {task: cut[task] * cut["accumulate"] for task in TASKS}
     if cfg.coin == "micro":  # a coin for each micro-batch depends on how many there are
         kept["cut"] = cut
+    kept["processes"] = world if cfg.coin == "micro" else None
+    # One of few encoded frames is another reference than one of all, and moves by whole latents.
+    kept["cached"] = bool(cfg.cache) if cfg.cache_frames or cfg.ref_shift else None
     return kept
 
 
@@ -271,6 +274,7 @@ def refuse_conflicts(cfg: Config) -> None:
         (not cfg.backbone, "--backbone: name the folder of the model to train"),
         (cfg.p_video < 1 and not cfg.pairs and not cfg.plan, "--pairs: name the folder of image pairs"),
         (cfg.p_video > 0 and not cfg.clips and not cfg.plan, "--clips: name the folder of clips"),
+        (cfg.plan and cfg.adapter, "--plan counts a new LoRA: give --rank instead of --adapter"),
         (len(cfg.betas) != 2, "--betas: give two numbers"),
         (cfg.lora_alpha is not None and not cfg.adapter, "--lora-alpha is about a file: give --adapter too"),
         (bool(cfg.sample_every) != bool(cfg.sample_manifest),
@@ -302,6 +306,14 @@ def require_finite(loss: Losses, batch: dict, task: str, step: int) -> None:
         raise FloatingPointError(
             f"step {step + 1}, {task}: the loss of {', '.join(bad)} is not finite. Look at these rows, or "
             "lower --lr; the saves before this step are whole."
+        )
+
+
+def require_finite_gradient(norm: Tensor, step: int) -> None:
+    if not norm.isfinite():
+        raise FloatingPointError(
+            f"step {step + 1}: the gradient is not finite, though the losses are. Lower --lr; the saves "
+            "before this step are whole."
         )
 
 
@@ -365,7 +377,10 @@ def open_encoders(
     vae = opened.pop("vae", None)
     if shots and vae is None:
         vae = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae",), say).vae
-    move = partial(Tensor.to, device=cfg.device)
+
+    def move(x: Tensor) -> Tensor:
+        return x.to(cfg.device)
+
     enc = Encoders(move, lambda prompts: move(store.text(prompts)), ref_tokens, ref_frames="frames")
     return enc, vae if shots else None, store
 
@@ -413,13 +428,16 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
             row = {"step": step, "task": task} | held_out.validate(losses, run.schedule.train_steps)
         at.rows.write("validation", row)
         tell(f"held out, {task}: loss {row['loss']:.4f} | by t {log.by_quarter([row])}")
-    # Every rank films its share; where the model is sharded, spare ranks film along.
-    for start in range(0, len(at.shots), world) if due(cfg.sample_every) else ():
-        i = min(start + rank, len(at.shots) - 1)
+    # Every rank films its share. A sharded model has to be called equally often by all: spare ranks film too,
+    # and films with a reference, which may be guided by it, have rounds of their own.
+    groups = [[i for i, ref in enumerate(at.refs) if (ref is None) == none] for none in (False, True)]
+    rounds = [group[start : start + world] for group in groups for start in range(0, len(group), world)]
+    for films in rounds if due(cfg.sample_every) else ():
+        i = films[min(rank, len(films) - 1)]
         with diagnostics.untouched(run.dit):
             texts = run.enc.text([at.shots[i].prompt]), run.enc.text([at.film.negative])
             (clip,) = sample.generate(at.backbone, *texts, at.refs[i], at.film, [at.shots[i].seed])
-        if i == start + rank:
+        if rank < len(films):
             write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)
 
 
@@ -427,7 +445,7 @@ def train(
     first: int, run: Training, looks: Looks, history: list[dict], cfg: Config, say: Callable[[str], None]
 ) -> int:
     """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a SIGTERM."""
-    rank, _ = parallel.ranks()
+    reached, (rank, _) = first, parallel.ranks()
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=rank > 0)
     tell = bar.write if rank == 0 else say
     with parallel.sigterm_noted(cfg.device) as asked_to_stop, bar:
@@ -444,9 +462,12 @@ def train(
                 looks.rows.write("metrics", row)
                 history.append(row)
             tell(log.log_line(history, cfg.steps))
+            reached = step + 1
             if asked_to_stop():
-                return step + 1
-    return cfg.steps
+                break
+        if reached > first:
+            save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
+    return reached
 
 
 def main() -> None:
@@ -472,13 +493,14 @@ def main() -> None:
     )
     out, dtype, kept = Path(cfg.out), getattr(torch, cfg.dtype), kept_settings(cfg, world)
     if cfg.resume:
-        saves.require_same(out, kept, dataclasses.asdict(Config()), RENAMED)
+        unknown = {name: kept[name] for name in ("processes", "cached")}  # to runs that began earlier
+        saves.require_same(out, kept, dataclasses.asdict(Config()) | unknown, RENAMED)
     else:
         with torch.device("meta"):  # tried on a model without memory
             attach(layout.parts["dit"].build(), cfg.adapter, cfg)
     newest, state = saves.newest_whole(out, say) if cfg.resume else (None, {"step": 0})
     first = state["step"]
-    if first >= cfg.steps:
+    if first > cfg.steps or (first == cfg.steps and not (cfg.val_pairs or cfg.sample_every)):
         raise ValueError(f"--steps {cfg.steps}: {newest} is as far as that or farther; give more to go on")
     film = sample.with_defaults(
         sample.Config(
@@ -491,6 +513,7 @@ def main() -> None:
     pictures = [shot.ref and fit(read_image(shot.ref), cfg.height, cfg.width) for shot in shots]
     if rank == 0:
         saves.begin(out, kept, provenance.provenance(cfg), resume=cfg.resume)
+    run_log = log.RunLog(out, cfg.tensorboard)
 
     # 2. The frozen eyes and ears.
     enc, vae, store = open_encoders(cfg, layout, folders, shots, film, say)
@@ -544,11 +567,10 @@ def main() -> None:
 
     # 5. Train.
     dit.train()
-    looks = Looks(losses, backbone, film, shots, refs, log.RunLog(out, cfg.tensorboard))
+    looks = Looks(losses, backbone, film, shots, refs, run_log)
     reached = train(first, training, looks, history, cfg, say)
 
-    # 6. The end: the adapter, ready for sample.py and for diffusers, and a last look at it.
-    save(out, reached, training, cfg)
+    # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.
     if reached < cfg.steps:
         return say(f"stopped by SIGTERM after step {reached}; --resume goes on from there")
     look(reached, looks, training, cfg, say)

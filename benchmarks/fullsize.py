@@ -56,6 +56,7 @@ class Step:
     base_storage: Storage = "device"
     recompute_every: int = 1
     p_video: float = 0.2
+    pcgrad: str = "none"
     cache: str = "there"
     lora_dropout: float = 0.0
     targets: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """The cache of latents and text states: the same training bit for bit, nothing stale or torn ever used."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,32 @@ def test_a_torn_shard_is_made_again(media, keep):
     assert "1 damaged shards were removed" in said
     assert "a" in calls
     assert torch.equal(Cached(sources(media)[1], cache)[0]["frames"], truth)
+
+
+def test_a_shard_that_may_not_be_read_is_no_damaged_one(media, monkeypatch):
+    """A colleague's, in a folder that both write to."""
+    cache = new_cache(media)
+    cache.fill(sources(media), ["a"], count_calls([]))
+    (shard,) = (media / "cache").glob("*.safetensors")
+    read = Path.open
+
+    def refused(path, *how, **more):
+        if path == shard:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(PermissionError, match=shard.name):
+        new_cache(media)
+    assert shard.is_file()
+
+
+def test_a_cache_that_was_read_goes_to_a_worker_that_is_not_forked(media):
+    cache = new_cache(media)
+    cache.fill(sources(media), ["a"], count_calls([]))
+    rows = Cached(sources(media)[0], cache)
+    first = rows[0]["target"].clone()
+    assert torch.equal(pickle.loads(pickle.dumps(rows))[0]["target"], first)
 
 
 def test_what_was_encoded_before_a_bad_file_stays(media):

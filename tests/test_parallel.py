@@ -1,5 +1,6 @@
 """Several processes do what one does; a run stopped, killed or damaged goes on as if it had not been."""
 
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from helpers import CALM, ROOT, RUN, argv, assert_close, assert_same, losses
+from helpers import CALM, MEDIA, ROOT, RUN, argv, assert_close, assert_same, losses
 
 ALONE = {"OMP_NUM_THREADS": "1"}
 STEPS = 6
@@ -70,14 +71,34 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(tiny, alone, tm
     assert "changed: batch was" in refused.stderr
 
 
-def test_sigterm_saves_and_ends_well(tiny, alone, tmp_path):
+def test_sharded_processes_film_with_and_without_a_reference(tiny, tmp_path):
+    """Guidance on the reference calls the network once more where there is one; no rank may wait for that."""
+    shots = [{"prompt": "a dog"}, {"prompt": "a cat", "reference_file_name": str(MEDIA / "pairs/lawn.jpg")}]
+    manifest = tmp_path / "shots.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, [*shots, shots[0]])))
+    films = {"sample_every": 9, "sample_steps": 1, "sample_ref_guidance": 2, "sample_manifest": manifest}
+    train(tiny, tmp_path / "run", 2, ["--shard"], steps=1, **films)
+    names = {f"step-{step:06d}-{i:02d}.mp4" for step in (0, 1) for i in range(3)}
+    assert {film.name for film in (tmp_path / "run/samples").iterdir()} == names
+
+
+def test_sigterm_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path):
+    """As `timeout` and systemd send it: to the workers that decode too, and once more while it saves."""
     out = tmp_path / "run"
-    same = {"identity_batch": 4, "motion_batch": 2}
-    process = subprocess.Popen(command(tiny, out, **same), cwd=ROOT, env=os.environ | ALONE)
+    same = {"identity_batch": 4, "motion_batch": 2, "workers": 2}
+    process = subprocess.Popen(
+        command(tiny, out, **same), cwd=ROOT, env=os.environ | ALONE, start_new_session=True
+    )
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    while process.poll() is None and not list(out.glob(".step-*")):
+        time.sleep(0.001)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 0
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        os.killpg(process.pid, 0)
     (save,) = out.glob("step-*")
     assert 0 < int(save.name.removeprefix("step-")) < STEPS
     train(tiny, out, flags=["--resume"], **same)

@@ -231,6 +231,16 @@ def test_an_h100_by_table_is_the_one_that_was_measured(monkeypatch, tmp_path):
     assert 1.13 < reached.seconds(forward) / statistics.median(sampling) < 1.15
 
 
+def test_both_tasks_in_a_step_take_the_time_of_both():
+    cfg = train.Config(p_video=0.25, accumulate=3)
+    found = {"identity": plan.Prediction([], 0, Counter({("forward", "matrices"): 8})),
+             "motion": plan.Prediction([], 0, Counter({("forward", "matrices"): 16}))}  # fmt: skip
+    pace = plan.Speed(1, 1, 1, "")
+    assert plan.step_seconds(cfg, found, pace) == 3 * (0.75 * 8 + 0.25 * 16)
+    both = dataclasses.replace(cfg, pcgrad="exact")
+    assert plan.step_seconds(both, found, pace) == 3 * (8 + 16)
+
+
 @pytest.mark.parametrize("backbone", ["tiny"])
 def test_whose_speed_it_is_is_said(monkeypatch, layout):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

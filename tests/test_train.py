@@ -206,6 +206,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(monkeypatch,
         run(monkeypatch, train, options)
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_weight(monkeypatch, tiny, tmp_path):
+    """The second step has a finite loss and no finite gradient: the run ends there, the first save stays."""
+    options = {"--backbone": tiny, "--out": tmp_path, "--steps": 4, **RUN, "--save-every": 1}
+    average, steps = train.parallel.average, []
+
+    def poisoned(grads):
+        steps.append(1)
+        if len(steps) == 2:
+            grads[0][0, 0] = float("inf")
+        average(grads)
+
+    monkeypatch.setattr(train.parallel, "average", poisoned)
+    with pytest.raises(FloatingPointError, match="step 2: the gradient is not finite"):
+        run(monkeypatch, train, options)
+    assert [save.name for save in runs.saves(tmp_path)] == ["step-000001"]
+    run(monkeypatch, train, options | {"--resume": ""})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -311,10 +329,19 @@ def test_the_finished_model_is_validated_and_the_vae_is_loaded_once(monkeypatch,
     look = {"--val-pairs": tmp_path / "pairs", "--val-clips": tmp_path / "clips", "--val-batches": 1}
     look |= {"--val-every": 2, "--probe-every": 0, "--sample-every": 9, "--sample-steps": 1}
     look |= {"--sample-manifest": tmp_path / "shots.jsonl"}
-    run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 3, **RUN, **look})
-    rows = map(json.loads, (tmp_path / "run" / "validation.jsonl").read_text().splitlines())
-    assert [row["step"] for row in rows if row["task"] == "motion"] == [0, 2, 3]
+    options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 3, **RUN, **look}
+    run(monkeypatch, train, options)
+    rows = (tmp_path / "run" / "validation.jsonl").read_text().splitlines()
+    assert [row["step"] for row in map(json.loads, rows) if row["task"] == "motion"] == [0, 2, 3]
     assert sorted(loaded) == ["dit", "text", "vae"]
+    # Killed in its last look, after the last save: a resumed run does only that.
+    films = sorted((tmp_path / "run" / "samples").iterdir())
+    films[-1].unlink()
+    (tmp_path / "run" / "validation.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    run(monkeypatch, train, options | {"--resume": ""})
+    assert sorted((tmp_path / "run" / "samples").iterdir()) == films
+    assert (tmp_path / "run" / "validation.jsonl").read_text().splitlines() == rows
+    assert [save.name for save in runs.saves(tmp_path / "run")] == ["step-000003"]
 
 
 def test_held_out_pairs_and_losses_draw_apart():
@@ -329,6 +356,23 @@ def test_a_coin_a_micro_batch_is_resumed_with_the_same_cut_only(monkeypatch, tin
     other = {"--steps": 2, "--resume": "", "--accumulate": 1, "--identity-batch": 4, "--motion-batch": 2}
     with pytest.raises(ValueError, match="changed: cut was"):
         run(monkeypatch, train, options | other)
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+    # Four of one process draw four coins, two of two processes two.
+    cut = [train.kept_settings(train.Config(coin="micro", accumulate=n), 4 // n) for n in (4, 2)]
+    assert cut[0]["batch"] == cut[1]["batch"] and cut[0] != cut[1]
+
+
+@pytest.mark.parametrize("setting", [{"--cache-frames": 1}, {"--ref-shift": 0.5}])
+def test_a_cache_that_changes_what_is_drawn_is_kept_to(monkeypatch, tiny, tmp_path, setting):
+    options = {"--backbone": tiny, "--out": tmp_path / "run", **RUN, **setting, "--cache": tmp_path / "cache"}
+    run(monkeypatch, train, options | {"--steps": 1})
+    again = {name: value for name, value in options.items() if name != "--cache"}
+    with pytest.raises(ValueError, match="changed: cached was True, is False"):
+        run(monkeypatch, train, again | {"--steps": 2, "--resume": ""})
+    config = tmp_path / "run" / "config.json"
+    kept = json.loads(config.read_text())
+    del kept["cached"]
+    config.write_text(json.dumps(kept))  # of a run that began before this was kept
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
 
 

@@ -41,12 +41,19 @@ class Shards:
         """Look for shards that other processes have written."""
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
+                path.open("rb").close()  # what may not be read, a colleague's say, is not damaged for that
                 with safe_open(path, "pt") as file:  # a file cut short does not fit its header
                     self.where |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError):
+            except FileNotFoundError:
+                continue  # another process has removed it
+            except SafetensorError:
                 with suppress(OSError):  # the disk may be read-only
                     path.unlink()
                 self.damaged += 1
+
+    def __getstate__(self) -> dict:
+        """For a worker process that is not forked."""
+        return self.__dict__ | {"open": {}}
 
     def __contains__(self, name: str) -> bool:
         return name in self.where or name in self.waiting

@@ -1,5 +1,6 @@
 """Rows -> seeded batches that resume from one integer."""
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
@@ -36,9 +37,15 @@ def batches(
         batch_sampler=slices,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_ignore_sigterm,
         generator=torch.Generator(),  # else torch's own generator moves on, and a resume would not be exact
     )
     return (_ready(batch, device) for batch in loader)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A SIGTERM to all processes of a run is for the trainer: it needs its workers until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def locate(seed: int, k: int, n: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class Settings(Protocol):
     height: int
     width: int
     p_video: float
+    pcgrad: str
     cache: str
     rank: int
     alpha: float

@@ -217,6 +217,8 @@ def timing(cfg: Settings, now: dict[Task, Prediction], reached: Speed | None) ->
 def step_seconds(cfg: Settings, found: dict[Task, Prediction], reached: Speed) -> float:
     """Of a step of one process, the mean over the tasks as they are drawn."""
     odds = {"identity": 1 - cfg.p_video, "motion": cfg.p_video}
+    if cfg.pcgrad == "exact":  # both in every step
+        odds = dict.fromkeys(odds, 1)
     return cfg.accumulate * sum(odds[task] * reached.seconds(one.flops) for task, one in found.items())
 
 
