@@ -203,7 +203,7 @@ def table(cfg: Settings, layout: Layout, now: dict[Task, Prediction]) -> list[st
 def timing(cfg: Settings, now: dict[Task, Prediction], reached: Speed | None) -> list[str]:
     """Seconds of a micro-batch and of a step, and hours of the run."""
     if reached is None:
-        return ["time: no GPU is here, and of an H100 only bf16 and heads of 64 or 128 were timed"]
+        return ["time: not known; --device cuda --dtype bfloat16 tells an H100's, with heads of 64 or 128"]
     each = [reached.seconds(one.flops) for one in now.values()]
     hours = cfg.steps * step_seconds(cfg, now, reached) / 3600
     return [
