@@ -51,13 +51,16 @@ def test_the_lines_of_the_readme_give_our_prediction_in_a_stock_pipeline(tiny, b
     for parameter in lora_parameters(backbone.dit).values():
         parameter.normal_(0, 0.2)
     weights.save_adapter(backbone.dit, tmp_path / "adapter.safetensors")
-    video, ref = torch.randn(1, 8, 3, 8, 12), torch.randn(1, 8, 1, 8, 12)
+    video, picture = torch.randn(1, 8, 3, 8, 12), torch.rand(1, 3, 64, 96) * 2 - 1
+    ref = backbone.vae.encode(picture[:, :, None])
     text, t = backbone.text(["a dog"]), torch.tensor([400])
     ours = backbone.dit(video, t, text, ref)
 
     pipe = diffusers.CogVideoXPipeline.from_pretrained(tiny)
     pipe.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
-    frames = torch.cat([ref, video], dim=2).transpose(1, 2)
+    latent = pipe.vae.encode(picture[:, :, None]).latent_dist.mean
+    ref_latent = latent.transpose(1, 2) * pipe.vae.config.scaling_factor
+    frames = torch.cat([ref_latent, video.transpose(1, 2)], dim=1)
     rope = pipe._prepare_rotary_positional_embeddings(64, 96, frames.shape[1], frames.device)
     theirs = pipe.transformer(frames, text, t, image_rotary_emb=rope).sample[:, 1:]
     assert relative_error(ours, theirs.transpose(1, 2)) <= 1e-4
