@@ -203,7 +203,8 @@ def table(cfg: Settings, layout: Layout, now: dict[Task, Prediction]) -> list[st
 def timing(cfg: Settings, now: dict[Task, Prediction], reached: Speed | None) -> list[str]:
     """Seconds of a micro-batch and of a step, and hours of the run."""
     if reached is None:
-        return ["time: not known; --device cuda --dtype bfloat16 tells an H100's, with heads of 64 or 128"]
+        known = "of an H100 only bf16 was timed, with heads of 64 or 128: --device cuda --dtype bfloat16"
+        return [f"time: not known; {known}"]
     each = [reached.seconds(one.flops) for one in now.values()]
     hours = cfg.steps * step_seconds(cfg, now, reached) / 3600
     return [
