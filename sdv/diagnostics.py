@@ -63,9 +63,10 @@ def untouched(dit: nn.Module) -> Iterator[None]:
 
 
 def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The gradient of each loss, on the CPU; .grad stays as it is. Ranks share the work and get them all.
+    """The gradient of each loss, on the CPU; .grad stays as it is. Ranks share the work, rank 0 gets all.
 
-    A micro-batch is never split, so the numbers do not depend on how many ranks there are.
+    A micro-batch is never split, so the numbers do not depend on how many ranks there are. Other ranks return
+    nothing: what all of them kept would not fit into one machine's memory.
     """
     running = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
@@ -77,7 +78,8 @@ def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) 
             one = [g.contiguous() if source == rank else torch.empty(g.shape).to(g) for g in own]
             for g in one if world > 1 else ():
                 dist.broadcast(g, source)
-            kept.append(tuple(g.cpu() for g in one))
+            if rank == 0:
+                kept.append(tuple(g.cpu() for g in one))
     return kept
 
 
@@ -217,7 +219,7 @@ def with_random(grads: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def probe(dit: nn.Module, losses: Sequence[Callable[[], Tensor]], leading: int = 8) -> dict:
-    """One row of probes.jsonl. losses: 4 m micro-batches, m for each of identity a, b and motion a, b.
+    """One row of probes.jsonl, of rank 0. losses: 4 m micro-batches, m of each of identity a, b, motion a, b.
 
     Holds 4 m gradients of the LoRA on the CPU and one on the device. Subspaces have `leading` directions, but
     no more than half of the rank.
@@ -226,6 +228,8 @@ def probe(dit: nn.Module, losses: Sequence[Callable[[], Tensor]], leading: int =
     params = lora_parameters(dit)
     with untouched(dit):
         kept = gradients(losses, list(params.values()))
+    if not kept:
+        return {}
     kept = dict(zip(params, zip(*kept, strict=True), strict=True))  # {name: its 4 m gradients}
     grams, where = defaultdict(lambda: torch.zeros(len(losses), len(losses), dtype=torch.float64)), {}
     for seed, (path, module) in enumerate(lora_modules(dit).items()):

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+# That ranks wait for each other: one may have more to encode for the cache, or to film, than the others.
+PATIENCE = timedelta(hours=1)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -25,7 +28,7 @@ def start(device: str) -> tuple[int, int, str]:
         if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     return *ranks(), device
 
 
