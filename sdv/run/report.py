@@ -135,7 +135,7 @@ def draw_norms(axis, rows: list[dict]) -> None:
     for task in TASKS:
         band(axis, rows, f"norm_{task}", COLOURS[task], task)
         band(axis, rows, f"signal_{task}", COLOURS[task], f"{task}, noise taken out", root=True)
-    axis.set_ylim(bottom=0)
+    axis.set_yscale("log")  # at first, one may be a hundred times what it is later
     axis.set_title("Norm")
 
 
