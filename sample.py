@@ -182,7 +182,7 @@ def main() -> None:
     cut = say_cut(((f"{prompt:.30}...", prompt) for prompt in prompts), *weights.token_counter(layout))
     if cut:
         print(cut)
-    model = weights.sources(layout) + (weights.files_of(Path(cfg.adapter)) if cfg.adapter else [])
+    model = weights.sources(layout) + (weights.adapter_files(Path(cfg.adapter)) if cfg.adapter else [])
     films = dict(zip(film_names(shots, dataclasses.asdict(cfg), model), shots, strict=True))
     for name in [name for name in films if (out / name).exists()]:
         print(f"{out / name} is there already and is kept")

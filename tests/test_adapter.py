@@ -360,6 +360,7 @@ def test_a_merged_wan_has_the_reference_where_its_adapter_had_it(folders, tmp_pa
     shutil.copytree(tmp_path / "out", whole, dirs_exist_ok=True)
     merged = weights.load_backbone(whole, parts=("dit",), log=quiet).dit
     assert merged.ref_position == "beside"
+    type(stock(WanDiT)).from_pretrained(whole, subfolder="transformer")  # which warns, and reads it
     rng = torch.Generator().manual_seed(0)
     x, ref = (torch.randn(1, dit.cfg.channels, n, 4, 4, generator=rng) for n in (3, 1))
     inputs = x, torch.tensor([500.0]), torch.randn(1, 5, dit.cfg.text_dim, generator=rng), ref

@@ -122,7 +122,7 @@ def test_a_film_has_another_name_with_other_weights_or_another_strength(tiny, tm
     adapter = tmp_path / "peft" / "adapter_model.safetensors"
 
     def name() -> str:
-        files = weights.sources(weights.open_backbone(folder)) + weights.files_of(adapter)
+        files = weights.sources(weights.open_backbone(folder)) + weights.adapter_files(adapter)
         return film_names(shot, {"steps": 1}, files)[0]
 
     names = [name()]

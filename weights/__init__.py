@@ -14,14 +14,14 @@ from weights.backbone import (
     sources,
     token_counter,
 )
-from weights.formats import files_of
+from weights.formats import adapter_files
 from weights.layout import Layout
 
 __all__ = [
     "PARTS",
     "Backbone",
     "Layout",
-    "files_of",
+    "adapter_files",
     "load_adapter",
     "load_backbone",
     "open_backbone",

@@ -68,6 +68,7 @@ def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> Non
     stored = Checkpoint(layout.path / part.source)
     dtype = torch.bfloat16 if stored.dtypes() == "BF16" else torch.float32
     dit = load_backbone(backbone, dtype=dtype, parts=("dit",)).dit
+    place = dit.ref_position
     print(load_adapter(dit, source, alpha))
     merge_lora(dit)
     for module in lora_modules(dit).values():
@@ -77,7 +78,7 @@ def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> Non
         parameter.data = parameter.to(torch.bfloat16 if stored.dtype(theirs) == "BF16" else torch.float32)
     save_module(dit, part.names, folder / part.file)
     config = read_json(layout.path / part.folder / "config.json")
-    if len(dit.ref_positions) > 1:  # the adapter said which
+    if dit.ref_position != place:  # the adapter has it elsewhere
         config["ref_position"] = dit.ref_position
     write_whole(folder / "config.json", lambda to: to.write_text(json.dumps(config, indent=2) + "\n"))
     print(f"{folder}: the merged transformer, {stored.dtypes()}")

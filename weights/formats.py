@@ -234,7 +234,7 @@ def read(path: Path, family: Family | None = None, alpha: float | None = None) -
     return Adapter(path, name, family, updates, notes, alpha_from)
 
 
-def files_of(path: Path) -> list[Path]:
+def adapter_files(path: Path) -> list[Path]:
     """What an adapter is read from: its file and, if peft wrote it, the settings beside it."""
     file = path / PEFT_WEIGHTS if path.is_dir() else path
     config = file.with_name(PEFT_CONFIG)
@@ -243,7 +243,7 @@ def files_of(path: Path) -> list[Path]:
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict]:
     """The tensors of a file or PEFT folder, its notes, and peft's settings ({} if there are none)."""
-    file, *configs = files_of(path)
+    file, *configs = adapter_files(path)
     if not file.is_file():
         hint = f", a folder as peft writes it has one; or name the file in {path}" if path.is_dir() else ""
         raise FileNotFoundError(f"{file}: no such adapter file{hint}")
@@ -362,7 +362,7 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
         raise ValueError(f"{path}: {name} is a folder with {PEFT_CONFIG} in it; name a folder")
     if format.alpha != "config" and path.is_dir():
         raise ValueError(f"{path}: a folder; {name} is one file")
-    if format.alpha != "config" and len(files_of(path)) > 1:
+    if format.alpha != "config" and len(adapter_files(path)) > 1:
         raise ValueError(f"{path}: would be read by the {PEFT_CONFIG} beside it; name another file")
     down, up = format.halves[0]
     tensors, updates = {}, {}

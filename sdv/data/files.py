@@ -80,7 +80,7 @@ def content_hash(path: str | Path) -> str:
 def sampled_hash(path: Path, pieces: int = 256, size: int = 4096) -> str:
     """A name made of a file's length and of pieces of it, evenly spread: of gigabytes in no time.
 
-    Two checkpoints that differ in a layer differ in such pieces, since a layer is larger than their distance.
+    Checkpoints of different weights differ in most layers, and so in such pieces.
     """
     length = path.stat().st_size
     if length <= pieces * size:
