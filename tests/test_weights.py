@@ -96,7 +96,7 @@ def test_saved_and_loaded_again_is_the_same(tiny, tmp_path):
         (
             lambda p: shutil.copy(shard(p), p / "transformer/diffusion_pytorch_model.safetensors"),
             ValueError,
-            "lies beside an index of shards",
+            "index.json: lies beside diffusion_pytorch_model.safetensors",
         ),
     ],
 )

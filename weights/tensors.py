@@ -120,7 +120,7 @@ def shards(folder: Path) -> list[Path]:
         return [whole]
     if whole.is_file():
         raise ValueError(
-            f"{folder}: {whole.name} lies beside an index of shards; which is meant? Move one of them away"
+            f"{index}: lies beside {whole.name}; which of them is meant? Move the other one away"
         )
     names = read_json(index, "weight_map").values()
     if not all(isinstance(name, str) for name in names):
