@@ -159,7 +159,7 @@ def draw_parts(axis, rows: list[dict]) -> None:
             if low is not None:
                 axis.plot([low, high], [y + shift] * 2, color=COLOURS[kind], linewidth=1.2)
     axis.set_yticks(range(len(parts)), parts, fontsize=8)
-    axis.set_ylim(len(parts) - 0.5, -0.5)
+    axis.set_ylim(max(len(parts), 1) - 0.5, -0.5)
     axis.set_xlim(-0.6, 1.05)
     axis.set_title(f"Cosines by part of the adapter, step {rows[-1]['step']}")
 
