@@ -420,9 +420,11 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
 
     if at.losses and due(cfg.probe_every):
         probes = [lambda loss=loss: loss().value for losses in at.losses.values() for loss in losses]
-        if found := diagnostics.probe(run.dit, probes):  # on rank 0
-            at.rows.write("probes", {"step": step} | found)
-            tell(report.line({"step": step} | found))
+        found = diagnostics.probe(run.dit, probes)
+        if rank == 0:  # others have helped, and got nothing
+            row = {"step": step} | found
+            at.rows.write("probes", row)
+            tell(report.line(row))
     for task, losses in at.losses.items() if due(cfg.val_every) else ():
         with diagnostics.untouched(run.dit):
             row = {"step": step, "task": task} | held_out.validate(losses, run.schedule.train_steps)
