@@ -10,6 +10,7 @@ same command continues where it was stopped.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import weights
 from sdv.data.captions import clean_caption, say_cut
-from sdv.data.files import write_whole
+from sdv.data.files import make_folder, write_whole
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.sizes import with_model_defaults
 from sdv.lora import merge
@@ -75,7 +76,7 @@ class Config(Film):
 def generate(
     backbone: weights.Backbone,
     texts: Tensor,
-    blank: Tensor,
+    negative: Tensor,
     refs: Tensor | None,
     cfg: Config,
     seeds: Sequence[int],
@@ -83,9 +84,10 @@ def generate(
 ) -> Tensor:
     """Clips (B, 3, T, H, W) in [-1, 1] under texts (B, L, D) and references (B, C, 1, H', W') or None.
 
-    blank (1, L, D) is the negative prompt. The network is called as in training, once more for each guidance:
+    negative (1, L, D) is the negative prompt. The network is called as in training, and once more for each
+    guidance:
 
-        pred = e(text, ref) + (w - 1) [e(text, ref) - e(blank, ref)]
+        pred = e(text, ref) + (w - 1) [e(text, ref) - e(negative, ref)]
                             + (v - 1) [e(text, ref) - e(text, no ref)]
 
     w is the paper's guidance on the text: the reference stands on both sides, so that the subject is never
@@ -96,18 +98,18 @@ def generate(
     dit, schedule = backbone.dit, backbone.schedule
     rngs = [generator(seed) for seed in seeds]
     noise = normal((len(rngs), *latent_shape(backbone.layout, cfg)), rngs).to(cfg.device)
-    texts, blanks = texts.to(dit.dtype), blank.expand_as(texts).to(dit.dtype)
+    texts, negatives = texts.to(dit.dtype), negative.expand_as(texts).to(dit.dtype)
     refs = None if refs is None else refs.to(dit.dtype)
-    none = torch.empty(0, dtype=torch.long)  # tokens of the reference that stay, as dropout leaves them
+    no_tokens = torch.empty(0, dtype=torch.long)  # of the reference stay, as dropout leaves them
 
     def denoise(x: Tensor, t: float, i: int) -> Tensor:
         x, times = x.to(dit.dtype), torch.full((len(x),), t, device=x.device)
         pred = cond = dit(x, times, texts, refs).float()
         w = guidance(cfg.guidance, t, cfg.steps, cfg.dynamic_guidance)
         if w != 1:
-            pred = pred + (w - 1) * (cond - dit(x, times, blanks, refs).float())
+            pred = pred + (w - 1) * (cond - dit(x, times, negatives, refs).float())
         if refs is not None and cfg.ref_guidance != 1:
-            pred = pred + (cfg.ref_guidance - 1) * (cond - dit(x, times, texts, refs, none).float())
+            pred = pred + (cfg.ref_guidance - 1) * (cond - dit(x, times, texts, refs, no_tokens).float())
         if not pred.isfinite().all():
             raise FloatingPointError(
                 f"denoising step {i + 1} of {cfg.steps}: the prediction is not finite. Look at the adapter "
@@ -149,6 +151,11 @@ def wanted(cfg: Config) -> list[Shot]:
     if cfg.manifest:
         shots = read_shots(cfg.manifest)
     else:
+        for prompt in cfg.prompt:
+            if os.path.isfile(prompt):
+                raise ValueError(
+                    f"--prompt {prompt}: is a file; give words, or --manifest for a list of films"
+                )
         ref = Path(cfg.ref) if cfg.ref else None
         prompts = [prompt and clean_caption(prompt, "--prompt") for prompt in cfg.prompt]
         shots = [Shot(prompt, ref, seed) for prompt in prompts for seed in cfg.seed or (0,)]
@@ -170,6 +177,7 @@ def main() -> None:
     #    and the adapter, which is tried on a model without memory.
     shots = wanted(cfg)
     check_device(cfg.device)
+    make_folder(out)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
     pictures = {
@@ -178,6 +186,10 @@ def main() -> None:
     if cfg.adapter:
         with torch.device("meta"):
             print(weights.load_adapter(layout.parts["dit"].build(), cfg.adapter, cfg.lora_alpha))
+        if not pictures:
+            print("no --ref: text-to-video, by the base with its adapter")
+    elif pictures:
+        print("no --adapter: the base alone has not learned to look at a reference")
     prompts = dict.fromkeys(shot.prompt for shot in shots)
     cut = say_cut(((f"{prompt:.30}...", prompt) for prompt in prompts), *weights.token_counter(layout))
     if cut:

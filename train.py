@@ -50,16 +50,16 @@ from sdv.surgery import Surgery
 
 @dataclass(frozen=True)
 class Method:
-    """the method; defaults are the paper's"""
+    """the method; defaults are the paper's, or its authors' where the two differ"""
 
     p_video: Share = 0.2  # probability of a motion step (paper: 0.2)
     coin: Literal["step", "micro"] = "step"  # tossed once a step (paper) or for each micro-batch
     ref_frame: Literal["random", "first"] = "random"  # reference of a motion step (paper: random)
     ref_shift: Share = 0.0  # moves that reference by up to this share of its sides (paper: not at all)
-    dropout: Literal["whole", "tokens"] = "whole"  # image-token dropout on motion steps, of what
-    p_drop: Share = 0.5  # its probability (paper: 0.5)
-    view_drop: Share = 0.0  # the whole reference dropped on identity steps (paper: never; supplement: 0.5)
-    text_drop: Share = 0.0  # prompts replaced by the empty one, of both tasks (paper: none)
+    dropout: Literal["whole", "tokens"] = "whole"  # on motion steps, of what (authors: whole; text: tokens)
+    p_drop: Share = 0.5  # probability of that image-token dropout (paper: 0.5)
+    view_drop: Share = 0.0  # of dropping the whole reference on identity steps (paper: 0; supplement: 0.5)
+    text_drop: Share = 0.0  # of replacing a prompt by the empty one, in both tasks (paper: none)
     cls_token: str = "<cls> "  # put before the prompt of identity steps (paper: yes)
     ref_position: str = ""  # where the reference sits beside the video; the model's own if not given
     t_shift: Positive = 1.0  # above 1, at noisier times: u -> s u / (1 + (s - 1) u) (paper: 1)
@@ -71,7 +71,7 @@ class Method:
 
 
 class Encoders(NamedTuple):
-    """The frozen eyes and ears: pixels and prompts to what the transformer sees; a cache remembers it."""
+    """The frozen VAE and text encoder, from pixels and prompts to what is seen; a cache remembers it."""
 
     video: Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W), or latents already, to (B, C, T', H', W')
     text: Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
@@ -124,7 +124,7 @@ class Training:
     feeds: dict[str, Iterator[dict]]  # of each task, endless batches
     optimizer: torch.optim.Optimizer
     surgery: Surgery
-    rows: dict[str, int]  # of each task, how many there are
+    row_counts: dict[str, int]  # of each task
     seen: dict[str, int]  # of each task, samples so far, of all processes
 
 
@@ -133,7 +133,7 @@ def train_step(step: int, run: Training, cfg: "Config") -> tuple[dict[str, list[
     losses = {}
     for micro in range(cfg.accumulate * (2 if cfg.pcgrad == "exact" else 1)):
         task = draw_task(step, micro, cfg)
-        batch, draws = next(run.feeds[task]), draws_of(task, step, micro, run.seen, cfg)
+        batch, draws = next(run.feeds[task]), next_draws(task, step, micro, run.seen, cfg)
         pair = PAIR_OF[task](batch, run.enc, cfg, draws)
         loss = denoising_loss(run.dit, run.schedule, pair, draws)
         require_finite(loss, batch, task, step)
@@ -150,12 +150,15 @@ def train_step(step: int, run: Training, cfg: "Config") -> tuple[dict[str, list[
     return losses, norm
 
 
-def draws_of(task: str, step: int, micro: int, seen: dict[str, int], cfg: "Config") -> Draws:
-    """What is drawn for a micro-batch: by the numbers of its samples, so that 1 x 32 draw as 8 x 4."""
+def next_draws(task: str, step: int, micro: int, seen: dict[str, int], cfg: "Config") -> Draws:
+    """Generators for a micro-batch, named by its samples' numbers, so that 1 x 32 draw as 8 x 4.
+
+    Counts these samples in `seen`, and seeds torch for the LoRA's own dropout.
+    """
     (rank, world), size, kind = parallel.ranks(), getattr(cfg, f"{task}_batch"), TASKS.index(task)
     first = seen[task] + rank * size
     seen[task] += world * size
-    torch.manual_seed(generator(cfg.seed, LORA, step, micro, rank).initial_seed())  # LoRA dropout's own draws
+    torch.manual_seed(generator(cfg.seed, LORA, step, micro, rank).initial_seed())
     each = [(cfg.seed, SAMPLE, kind, k) for k in range(first, first + size)]
     return objectives.draws_of((cfg.seed, DROPOUT, step, kind), each)
 
@@ -261,8 +264,8 @@ def kept_settings(cfg: Config, world: int) -> dict:
     if cfg.coin == "micro":  # a coin for each micro-batch depends on how many there are
         kept["cut"] = cut
     kept["processes"] = world if cfg.coin == "micro" else None
-    # One of few encoded frames is another reference than one of all, and moves by whole latents.
-    kept["cached"] = bool(cfg.cache) if cfg.cache_frames or cfg.ref_shift else None
+    # A reference from a cache is moved by cells of a latent, else by pixels.
+    kept["cached"] = bool(cfg.cache) if cfg.ref_shift else None
     return kept
 
 
@@ -281,6 +284,8 @@ def refuse_conflicts(cfg: Config) -> None:
          "--sample-every and --sample-manifest belong together: how often to film, and what"),
         (bool(cfg.val_pairs) != bool(cfg.val_clips),
          "--val-pairs and --val-clips belong together: a probe compares both tasks"),
+        (cfg.cache_frames and not cfg.cache, "--cache-frames is about a cache: give --cache too"),
+        (cfg.adapter and cfg.targets, "--targets is about a new LoRA: an --adapter is where it is"),
         (cfg.cache and (cfg.crop_jitter or cfg.window == "random"),
          "--cache keeps one view of a file: leave out --crop-jitter and --window random"),
         (cfg.pcgrad != "none" and (cfg.coin != "step" or not trains_both),
@@ -337,6 +342,11 @@ def attach(dit: nn.Module, file: str | Path, cfg: Config) -> str:
     """Give it the LoRA, a file's or a new one, and its place for the reference; says which LoRA it is."""
     if file:
         which = weights.load_adapter(dit, file, cfg.lora_alpha)
+        lora = next(iter(lora_modules(dit).values()))
+        tokens = "all" if lora.tokens is None else "ref"
+        for name, value in {"rank": lora.rank, "alpha": lora.alpha, "lora_tokens": tokens}.items():
+            if getattr(cfg, name) not in (value, getattr(Config, name)):  # not asked for, if the default
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {file} has {value}")
     else:
         adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
         which = f"a new LoRA of rank {cfg.rank}, alpha {cfg.alpha}"
@@ -345,10 +355,10 @@ def attach(dit: nn.Module, file: str | Path, cfg: Config) -> str:
 
 
 def open_encoders(
-    cfg: Config, layout: weights.Layout, folders: list[Rows], shots: list[Shot], film: sample.Config,
+    cfg: Config, layout: weights.Layout, folders: list[Rows], shots: list[Shot], film_cfg: sample.Config,
     say: Callable[[str], None],
 ) -> tuple[Encoders, nn.Module | None, Cache | None]:  # fmt: skip
-    """The frozen eyes and ears, the VAE if there is something to film, and the cache if there is to be one.
+    """The frozen encoders, the VAE if there is something to film, and the cache if there is to be one.
 
     A latent is the mean of the VAE's posterior, so that a picture always looks the same; samples go through
     one by one, so that rounding does not depend on the batch they are in.
@@ -356,14 +366,14 @@ def open_encoders(
     dtype, opened = getattr(torch, cfg.dtype), {}
 
     def networks() -> Networks:
-        eyes = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae", "text"), say)
-        opened["vae"] = eyes.vae
+        frozen = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae", "text"), say)
+        opened["vae"] = frozen.vae
 
         @torch.no_grad()
         def video(clips: Tensor) -> Tensor:
-            return torch.cat([eyes.vae.encode(clip[None].to(cfg.device, dtype)) for clip in clips])
+            return torch.cat([frozen.vae.encode(clip[None].to(cfg.device, dtype)) for clip in clips])
 
-        return Networks(video, lambda prompts: torch.cat([eyes.text([prompt]) for prompt in prompts]))
+        return Networks(video, lambda prompts: torch.cat([frozen.text([prompt]) for prompt in prompts]))
 
     ref_tokens = cfg.height * cfg.width // (layout.spatial_ratio * layout.patch) ** 2
     if not cfg.cache:
@@ -372,7 +382,7 @@ def open_encoders(
     files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
     store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames, layout.parts["text"].note)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
-    prompts |= {film.negative, *(shot.prompt for shot in shots)} | ({""} if cfg.text_drop else set())
+    prompts |= {film_cfg.negative, *(shot.prompt for shot in shots)} | ({""} if cfg.text_drop else set())
     say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait))
     vae = opened.pop("vae", None)
     if shots and vae is None:
@@ -393,7 +403,9 @@ def save(out: Path, step: int, run: Training, cfg: Config) -> None:
 
     def write_adapter(file: Path) -> None:
         weights.save_adapter(run.dit, file, lora=lora)
-        file.with_name("README.md").write_text(model_card(cfg, run.rows, step, sys.argv), encoding="utf-8")
+        file.with_name("README.md").write_text(
+            model_card(cfg, run.row_counts, step, sys.argv), encoding="utf-8"
+        )
 
     if parallel.ranks()[0] == 0:
         saves.write_save(out, step, write_adapter, state, cfg.keep)
@@ -405,10 +417,10 @@ class Looks(NamedTuple):
 
     losses: dict[str, list[Callable[[], Losses]]]  # of each task, on rows that are not trained on
     backbone: weights.Backbone
-    film: sample.Config
+    film_cfg: sample.Config
     shots: list[Shot]
     refs: list[Tensor | None]
-    rows: log.RunLog
+    run_log: log.RunLog
 
 
 def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str], None]) -> None:
@@ -423,12 +435,12 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
         found = diagnostics.probe(run.dit, probes)
         if rank == 0:  # others have helped, and got nothing
             row = {"step": step} | found
-            at.rows.write("probes", row)
+            at.run_log.write("probes", row)
             tell(report.line(row))
     for task, losses in at.losses.items() if due(cfg.val_every) else ():
         with diagnostics.untouched(run.dit):
             row = {"step": step, "task": task} | held_out.validate(losses, run.schedule.train_steps)
-        at.rows.write("validation", row)
+        at.run_log.write("validation", row)
         tell(f"held out, {task}: loss {row['loss']:.4f} | by t {log.by_quarter([row])}")
     # Every rank films its share. A sharded model has to be called equally often by all: spare ranks film too,
     # and films with a reference, which may be guided by it, have rounds of their own.
@@ -437,8 +449,8 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
     for films in rounds if due(cfg.sample_every) else ():
         i = films[min(rank, len(films) - 1)]
         with diagnostics.untouched(run.dit):
-            texts = run.enc.text([at.shots[i].prompt]), run.enc.text([at.film.negative])
-            (clip,) = sample.generate(at.backbone, *texts, at.refs[i], at.film, [at.shots[i].seed])
+            texts = run.enc.text([at.shots[i].prompt]), run.enc.text([at.film_cfg.negative])
+            (clip,) = sample.generate(at.backbone, *texts, at.refs[i], at.film_cfg, [at.shots[i].seed])
         if rank < len(films):
             write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)
 
@@ -461,7 +473,7 @@ def train(
                 row = {"step": step, "task": task} | log.loss_row(found, run.schedule.train_steps)
                 row |= {"grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
                 row |= {"seconds": time.perf_counter() - start, "memory_gb": log.peak_memory(cfg.device)}
-                looks.rows.write("metrics", row)
+                looks.run_log.write("metrics", row)
                 history.append(row)
             tell(log.log_line(history, cfg.steps))
             reached = step + 1
@@ -504,7 +516,7 @@ def main() -> None:
     first = state["step"]
     if first > cfg.steps or (first == cfg.steps and not (cfg.val_pairs or cfg.sample_every)):
         raise ValueError(f"--steps {cfg.steps}: {newest} is as far as that or farther; give more to go on")
-    film = sample.with_defaults(
+    film_cfg = sample.with_defaults(
         sample.Config(
             cfg.backbone, height=cfg.height, width=cfg.width, frames=cfg.frames, fps=cfg.fps,
             steps=cfg.sample_steps, guidance=cfg.sample_guidance, ref_guidance=cfg.sample_ref_guidance,
@@ -517,8 +529,8 @@ def main() -> None:
         saves.begin(out, kept, provenance.provenance(cfg), resume=cfg.resume)
     run_log = log.RunLog(out, cfg.tensorboard)
 
-    # 2. The frozen eyes and ears.
-    enc, vae, store = open_encoders(cfg, layout, folders, shots, film, say)
+    # 2. The VAE and the text encoder, frozen.
+    enc, vae, store = open_encoders(cfg, layout, folders, shots, film_cfg, say)
     if store:
         data, unseen = ({task: Cached(rows, store) for task, rows in d.items()} for d in (data, unseen))
 
@@ -569,7 +581,7 @@ def main() -> None:
 
     # 5. Train.
     dit.train()
-    looks = Looks(losses, backbone, film, shots, refs, run_log)
+    looks = Looks(losses, backbone, film_cfg, shots, refs, run_log)
     reached = train(first, training, looks, history, cfg, say)
 
     # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.

@@ -295,11 +295,11 @@ def show(path: Path, clips: Tensor, scale: int = 3) -> None:
 
 @torch.no_grad()
 def make_latents(cfg: Config) -> None:
-    def eyes() -> VAE:
+    def load_vae() -> VAE:
         return load_backbone(home(cfg), cfg.device, torch.bfloat16, ("vae",)).vae
 
     for kind, frames in world_frames(cfg).items():
-        vae, latents, step = eyes(), [], 2048 // frames.shape[1] if CUDA else 16
+        vae, latents, step = load_vae(), [], 2048 // frames.shape[1] if CUDA else 16
         for i in tqdm(range(0, len(frames), step), f"{kind} to latents"):
             some = frames[i : i + step]  # (N, T, H, W, 3)
             z = vae.posterior(pixels(some.reshape(-1, *some.shape[2:]), cfg.device))[0]  # (N T, C, 1, h, w)
@@ -307,7 +307,7 @@ def make_latents(cfg: Config) -> None:
         latents = torch.cat(latents)
         if kind == "clips":
             set_vae(cfg, **scale(latents, cfg))
-            vae = eyes()
+            vae = load_vae()
         torch.save(vae.scaled(latents.to(cfg.device)).cpu(), Path(cfg.out) / f"{kind}.latents.pt")
 
 

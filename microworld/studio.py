@@ -132,7 +132,7 @@ class Studio:
     @torch.no_grad()
     def film(
         self, of: list[Case], seed: int = 0, guidance: float = 1.0, ref_guidance: float = REF_GUIDANCE,
-        progress: Callable[[], object] = int,
+        progress: Callable[[], object] = lambda: None,
     ) -> list[Tensor]:  # fmt: skip
         """A clip (3, T, H, W) of every case; the picture is shown only where an adapter is on."""
         backbone, clips = self.backbone, []

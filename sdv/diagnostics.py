@@ -15,7 +15,8 @@ positive. All of them are computed from one Gram matrix of the micro-batches for
 Where the gradients act is measured per module, on the update of its weight W: a gradient step in A and B
 moves W by gB A + B gA (up to a factor that changes no measure here; AdamW also rescales entries). Its left
 directions are what the module writes, its right ones what it reads. At B = 0 every right direction lies in
-the span of A, r of n dimensions, so any two updates overlap far more than random subspaces would (k / n).
+the span of A, whose dimension is the rank, so two updates overlap far more than two random subspaces of k
+of all n input dimensions, whose mean squared cosine is k / n.
 The null is therefore a random update of the same structure: same A and B, Gaussian gA and gB of real size.
 
     python -m sdv.run.report RUN [RUN ...]    draws the probes of runs side by side, also while they train
@@ -97,6 +98,7 @@ def parts_of(path: str, leaf: str) -> list[tuple[str, str]]:
 def measures(gram: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Gram matrices (S, 4m, 4m) of micro-batches, weights (R, 4, 4m) that make halves of them -> each (S, R).
 
+    S: parts of the model. R: ways to make the halves, 1 or one for each draw of the bootstrap.
     norm: of the noisy mean over a half. signal: squared norm without noise. noise: variance of one
     micro-batch over signal, so how many of them hold as much noise as signal.
     """

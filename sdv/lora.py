@@ -147,12 +147,3 @@ def merge(model: nn.Module) -> None:
                 raise ValueError(f"{path}: with its LoRA, the weight is not finite in {merged.dtype}")
             module.weight.copy_(merged)
             module.merged = True
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> None:
-    """Take the updates out again; what remains is the base up to the rounding of its dtype."""
-    for module in lora_modules(model).values():
-        if module.merged:
-            module.weight.copy_(module.weight.float() - module.delta())
-            module.merged = False

@@ -12,7 +12,7 @@ TASKS = ("identity", "motion")
 
 
 class Pair(NamedTuple):
-    """One training example of either task; only how it is built differs between them."""
+    """A batch of either task: what is denoised, and what is looked at. Only how it is built differs."""
 
     target: Tensor  # (B, C, T, H, W)  clean latents to noise and denoise
     ref: Tensor  # (B, C, 1, H, W)     clean latent of the picture to look at
@@ -27,7 +27,7 @@ class Draws(NamedTuple):
     """
 
     shared: torch.Generator  # what a whole step has in common: which reference tokens stay visible
-    each: list[torch.Generator]  # B: frame, time and noise of each sample
+    each: list[torch.Generator]  # B: all that is drawn for one sample: frame, shift, caption, time, noise
 
 
 class Losses(NamedTuple):
@@ -80,7 +80,10 @@ def keep_text(prompts: list[str], p: float, draws: Draws) -> list[str]:
 
 
 def shift(ref: Tensor, share: float, draws: Draws) -> Tensor:
-    """Each of ref (B, C, 1, H, W) moved by whole cells, up to a share of its sides; borders are repeated."""
+    """Each of ref (B, C, 1, H, W) moved by up to a share of its sides; borders are repeated.
+
+    By whole pixels, or by whole cells of a latent where the reference comes from a cache.
+    """
     if share == 0:  # nothing is drawn, so that all other draws are what they were
         return ref
     moved = []

@@ -4,7 +4,7 @@ The second number of a training run's key is its stream, which says what is draw
 
     (seed, COIN, step [, micro])          which task: one coin a step, or one a micro-batch
     (seed, DROPOUT, step, task)           which tokens of the reference stay visible in this step
-    (seed, SAMPLE, task, k)               frame, time and noise of a task's k-th sample of the run
+    (seed, SAMPLE, task, k)               frame, shift, caption dropout, time, noise of a task's k-th sample
     (seed, LORA, step, micro, rank)       dropout of the LoRA's input
     (seed, ORDER, epoch)                  the order of the rows
     (seed, VIEW, k)                       crop or window of the k-th sample

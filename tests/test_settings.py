@@ -14,7 +14,7 @@ from helpers import MEDIA, ROOT, RUN, SIZE, argv, full_disk, run
 from microworld import claims, demo, gradients, placement, world
 from sdv.lora import adapt
 from sdv.run.films import Shot, film_names, list_film, read_shots
-from sdv.run.settings import parse
+from sdv.run.settings import check_device, parse
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,16 @@ def test_a_setting_that_cannot_be_is_refused_by_its_flag(words, monkeypatch, tmp
     said = str(caught.value) + capsys.readouterr().err
     assert words.split()[0] in said and "nowhere" not in said
     assert "\n" not in said.strip() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "said"),
+    [("cuda:1", 1, "cpu and cuda x 1"), ("mps", 8, "cpu and cuda x 8"), ("cuda", 0, "cpu")],
+)
+def test_a_device_that_is_not_here_is_told_what_is(name, gpus, said, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=f"--device {name}: .* this machine has {said}$"):
+        check_device(name)
 
 
 @pytest.mark.parametrize("words", ["--p-video 0", "--p-video 1", "--warmup 0", "--workers 0", "--p-drop 1"])

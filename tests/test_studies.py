@@ -34,6 +34,13 @@ def test_a_verdict_needs_a_gap_wider_than_the_seeds_and_each_guidance_has_its_ow
     assert "not run" in guided
 
 
+def test_runs_of_other_lengths_are_not_taken_for_seeds(tmp_path):
+    lines = ["row,seed,steps,cases", "full recipe,0,1200,40", "full recipe,0,1500,40", "full recipe,1,1200,8"]
+    (tmp_path / "claims.csv").write_text("\n".join(lines))
+    cfg = claims.Config(steps=1200, cases=40)
+    assert [row["seed"] for row in claims.alike(tmp_path / "claims.csv", cfg)] == ["0"]
+
+
 def test_what_stays_of_probes_gives_the_same_table_and_can_be_drawn():
     folder = gradients.HERE / "first-base/full-recipe-0"
     rows = diagnostics_report.read(folder)

@@ -231,7 +231,10 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(monkeypatch, tiny, tmp_
         ({"--frames": 10}, ValueError, "10 frames"),
         ({"--frames": 49}, ValueError, "samoyed"),
         ({"--pairs": "nowhere"}, FileNotFoundError, "nowhere"),
-        ({"--clips": MEDIA / "pairs"}, ValueError, "file_name"),
+        ({"--clips": MEDIA / "pairs"}, ValueError, "file_name is missing.*a row of pairs"),
+        ({"--pairs": MEDIA / "clips" / "metadata.jsonl"}, FileNotFoundError, "is a file; name the folder"),
+        ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands there"),
+        ({"--cache-frames": 4}, ValueError, "--cache"),
         ({"--targets": "attn.x"}, ValueError, "attn.x"),
         ({"--resume": ""}, FileNotFoundError, "no save to resume"),
         ({"--backbone": "nowhere"}, FileNotFoundError, "nowhere"),
@@ -260,7 +263,12 @@ def test_an_adapter_that_does_not_say_its_alpha_is_refused_at_once_and_goes_on_o
             run(monkeypatch, train, options)
         with pytest.raises(ValueError, match=r"attn\.x"):
             run(monkeypatch, train, first | {"--out": tmp_path / "third", "--targets": "attn.x"})
-    options |= {"--lora-alpha": 6}
+        given = first | {"--adapter": tmp_path / "first" / "step-000001" / "adapter.safetensors"}
+        given |= {"--out": tmp_path / "third"}
+        for other in ({"--rank": 4}, {"--alpha": 3}, {"--lora-tokens": "ref"}, {"--targets": "attn.q"}):
+            with pytest.raises(ValueError, match=next(iter(other))):  # it has its own
+                run(monkeypatch, train, given | other)
+    options |= {"--lora-alpha": 6, "--alpha": 6}
     run(monkeypatch, train, options)
     (tmp_path / "released.safetensors").unlink()  # a run that goes on does not need it
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
@@ -295,6 +303,14 @@ def test_sample_refuses_bad_input_before_loading(monkeypatch, tiny, tmp_path):
         ({"--steps": 2000}, ValueError, "2000"),
         ({"--width": 100}, ValueError, "width 100"),
         ({"--adapter": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
+        ({"--ref": MEDIA / "pairs"}, FileNotFoundError, "pairs: is a folder"),
+        (
+            {"--prompt": MEDIA / "pairs" / "metadata.jsonl"},
+            ValueError,
+            "is a file; give words, or --manifest",
+        ),
+        ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands there"),
+        ({"--out": MEDIA / "ATTRIBUTION.md" / "films"}, FileExistsError, "films: a file stands there"),
     ):
         with pytest.raises(error, match=match):
             run(monkeypatch, sample, base | change)
@@ -362,12 +378,18 @@ def test_a_coin_a_micro_batch_is_resumed_with_the_same_cut_only(monkeypatch, tin
     assert cut[0]["batch"] == cut[1]["batch"] and cut[0] != cut[1]
 
 
-@pytest.mark.parametrize("setting", [{"--cache-frames": 1}, {"--ref-shift": 0.5}])
-def test_a_cache_that_changes_what_is_drawn_is_kept_to(monkeypatch, tiny, tmp_path, setting):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"--cache-frames": 1}, "give --cache too"),
+        ({"--ref-shift": 0.5}, "changed: cached was True, is False"),
+    ],
+)
+def test_a_cache_that_changes_what_is_drawn_is_kept_to(monkeypatch, tiny, tmp_path, setting, said):
     options = {"--backbone": tiny, "--out": tmp_path / "run", **RUN, **setting, "--cache": tmp_path / "cache"}
     run(monkeypatch, train, options | {"--steps": 1})
     again = {name: value for name, value in options.items() if name != "--cache"}
-    with pytest.raises(ValueError, match="changed: cached was True, is False"):
+    with pytest.raises(ValueError, match=said):
         run(monkeypatch, train, again | {"--steps": 2, "--resume": ""})
     config = tmp_path / "run" / "config.json"
     kept = json.loads(config.read_text())

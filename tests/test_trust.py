@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import weights
 from helpers import MEDIA, difference, full_disk, status, tree
 from sdv.data import media, pixels
 from sdv.data.__main__ import main
@@ -329,6 +330,11 @@ def test_captions_that_are_cut_are_counted(tmp_path, capsys, tiny):
     assert code == 0
     tokens = f"{len(pieces.encode(long.strip())) + 1:,}"
     assert f"1 of 2 captions are cut to {limit} tokens: metadata.jsonl:2 a.mp4 ({tokens})\n" in out
+    own = weights.open_backbone(tiny)  # whose sizes are taken where none is given
+    assert (
+        f"motion sample, {own.frames} x {own.height} x {own.width}: "
+        in check(capsys, tmp_path, "--backbone", tiny)[1]
+    )
     lay(tmp_path, ROW)
     assert (
         f"no caption is cut: all have {limit} tokens or less"

@@ -1,8 +1,8 @@
 """Look at a folder of pairs or clips, or make one of a public data set.
 
 python -m sdv.data check DIR    decodes every file once and says what is wrong with which row; with --backbone
-                                FOLDER, which captions its text encoder cuts; with --sheet PAGE.html, shows
-                                crops, frames and captions on a page
+                                FOLDER, takes its sizes and says which captions its text encoder cuts; with
+                                --sheet PAGE.html, shows crops, frames and captions on a page
 python -m sdv.data import ...   makes such a folder of a public data set, see sdv.data.importers
 """
 
@@ -26,7 +26,12 @@ CLS = "<cls> "  # before the prompt of a pair, unless train.py is told otherwise
 
 def check(args: argparse.Namespace) -> int:
     """Decode every file once; print a verdict a row and the tokens of a sample. 1 if a row is bad, else 0."""
-    for name, value in MODELS[args.model].items():
+    model, tokens_of = MODELS[args.model], None
+    if args.backbone:
+        layout = weights.open_backbone(args.backbone)
+        tokens_of = weights.token_counter(layout)
+        model = {name: getattr(layout, name) for name in model if name != "text"} | {"text": tokens_of[1]}
+    for name, value in model.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, least in LEAST.items():
@@ -34,11 +39,10 @@ def check(args: argparse.Namespace) -> int:
     grid = args.text, args.spatial_ratio, args.temporal_ratio, args.patch
     lengths = {"identity": 1, "motion": args.frames}
     plan = {task: count_tokens(args.height, args.width, n, *grid) for task, n in lengths.items()}
-    fields, tokens_of = _kind(Path(args.folder)), None
-    if args.backbone:
-        length, limit = weights.token_counter(weights.open_backbone(args.backbone))
-        mark = CLS if fields == PAIR else ""
-        tokens_of = (lambda prompt: length(mark + prompt)), limit
+    fields = _kind(Path(args.folder))
+    if tokens_of and fields == PAIR:
+        length, limit = tokens_of
+        tokens_of = (lambda prompt: length(CLS + prompt)), limit
     rows, problems = scan_rows(args.folder, fields)
     for problem in problems:
         print(f"BAD  {problem}")
@@ -98,10 +102,14 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("check", help="decode every file of a folder once, with a verdict a row")
     one.add_argument("folder")
-    one.add_argument("--model", choices=MODELS, default="CogVideoX-5b", help="whose sizes to take")
+    one.add_argument(
+        "--model", choices=MODELS, default="CogVideoX-5b", help="whose sizes to take, if no --backbone"
+    )
     for name in MODELS[one.get_default("model")]:
         one.add_argument("--" + name.replace("_", "-"), type=float if name == "fps" else int, help="instead")
-    one.add_argument("--backbone", default="", help="checkpoint folder, to tell the captions that it cuts")
+    one.add_argument(
+        "--backbone", default="", help="checkpoint folder: its sizes, and which captions it cuts"
+    )
     one.add_argument("--sheet", default="", help="also write a page that shows what the trainer will see")
     one.add_argument("--workers", type=int, default=os.cpu_count(), help="files decoded at once")
     one.set_defaults(run=check)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from sdv.data.files import Hashes, digest, save_safetensors, write_whole
+from sdv.data.files import Hashes, digest, make_folder, save_safetensors, write_whole
 from sdv.data.pixels import from_uint8
 from sdv.data.rows import Pairs, Row, Rows
 from sdv.seeds import generator
@@ -33,7 +33,8 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder, self.where, self.open = folder, {}, {}
         self.waiting, self.waiting_bytes = {}, 0
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():  # one that is there may be for reading only
+            make_folder(folder)
         self.damaged = 0
         self.refresh()
 
@@ -112,13 +113,13 @@ class Cache:
     ):
         self.shards, self.hashes = Shards(Path(folder)), Hashes(Path(folder) / "hashes.json")
         self.hashes.learn({*vae, *text})
-        self.eyes, self.ears = (
-            (VERSION, dtype, [self.hashes(file) for file in files]) for files in (vae, text)
-        )
-        self.ears, self.frames = (*self.ears, cleaning), frames
+        # What an entry's name is made of beside its own file: whatever changes what the networks give.
+        self.video_key = VERSION, dtype, [self.hashes(file) for file in vae]
+        self.text_key = VERSION, dtype, [self.hashes(file) for file in text], cleaning
+        self.frames = frames
 
     def text_name(self, prompt: str) -> str:
-        return digest("text", self.ears, prompt)
+        return digest("text", self.text_key, prompt)
 
     def names(self, rows: Rows, row: Row) -> dict[str, str]:
         """{field of an item: name of its entry}."""
@@ -128,7 +129,7 @@ class Cache:
             length = row.files[0], rows.frames, rows.fps
             made_of = {"clip": length, "frames": [*length, self.frames]}
         return {
-            field: digest(self.eyes, rows.size, *how, self.hashes(file))
+            field: digest(self.video_key, rows.size, *how, self.hashes(file))
             for field, (file, *how) in made_of.items()
         }
 

@@ -18,12 +18,24 @@ RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even tha
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def make_folder(path: Path) -> None:
+    """A folder to write in, with its parents. OSError, with the reason and the fix, if it cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(f"{path}: a file stands there; name another folder") from error
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{path}: may not be written in; name another folder")
+
+
 def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
     """Let `write` fill a temporary file, then flush it to disk (if `durable`) and give it its name.
 
     On a full disk, say, the old file stays, nothing else is left behind, and the OSError names the path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdv.data.files import parse_json, unwritable, write_whole
+from sdv.data.files import make_folder, parse_json, unwritable, write_whole
 from sdv.seeds import SUBSET, generator
 
 CHUNK = 32  # candidates of one source that a worker gets at once
@@ -169,7 +169,7 @@ def _locked(out: Path) -> BinaryIO:
     others = out.iterdir() if out.is_dir() and not path.exists() else ()
     if any(not other.name.startswith(".") for other in others):
         raise ValueError(f"{out}: holds files that no import wrote; give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     file = open(path, "a+b")  # noqa: SIM115 (the log closes it)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, and may outlive a kill

@@ -319,7 +319,8 @@ def _frame(image: torch.Tensor) -> av.VideoFrame:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the name in its row")
+        found = "is a folder; name a file in it" if path.is_dir() else "no such file; check the name"
+        raise FileNotFoundError(f"{path}: {found}")
     return path
 
 

@@ -22,6 +22,7 @@ from sdv.seeds import generator
 
 PAIR = ("reference_file_name", "target_file_name")
 CLIP = ("file_name",)
+KINDS = {"pairs": PAIR, "clips": CLIP}
 # What clip.txt may stand beside.
 ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".3gp", ".mpg", ".mpeg"}
 ENDINGS |= {".ts", ".mts", ".m2ts"}
@@ -46,7 +47,8 @@ def scan_rows(folder: str | Path, fields: tuple[str, ...]) -> tuple[list[Row], l
     """(good rows, what is wrong with the others), in the order of the folder. An empty folder is an error."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        found = "is a file; name the folder that holds it" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {found}")
     wanted = f"{', '.join(fields)} and prompt"
     metadata = folder / "metadata.jsonl"
     if metadata.is_file():
@@ -115,7 +117,9 @@ def _row_of_line(folder: Path, number: int, line: bytes, fields: tuple[str, ...]
         value = row.get(field)
         if not isinstance(value, str) or not value.strip():
             found = "missing" if field not in row else f"{value!r:.40}"
-            raise ValueError(f"{origin}: {field} is {found}; write a text there")
+            others = (kind for kind, names in KINDS.items() if names != fields and names[0] in row)
+            hint = "".join(f" (this is a row of {kind}: another folder was meant?)" for kind in others)
+            raise ValueError(f"{origin}: {field} is {found}; write a text there{hint}")
     files = tuple(_inside(folder, origin, field, row[field]) for field in fields)
     origin = f"{origin} {row[fields[0]]}"
     return Row(origin, files, clean_caption(row["prompt"], f"{origin}: prompt"))

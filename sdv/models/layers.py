@@ -87,10 +87,10 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor
 def visible_tokens(
     x: Tensor, rope: tuple[Tensor, Tensor], ref_tokens: int, keep: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Image-token dropout: of tokens x (B, L, D), reference first, and their rotary rows, what is seen.
+    """Image-token dropout: tokens x (B, L, D), reference first, and their rotary rows, without those dropped.
 
     keep (n,): which of the reference's tokens remain, all if None. They are gathered, not masked: what is
-    dropped costs nothing, and nobody else moves.
+    dropped costs nothing, and all others keep their positions.
     """
     if keep is None:
         return x, rope

@@ -48,7 +48,7 @@ class Fetched(nn.Module):
 def hold(dit: nn.Module, storage: Storage, device: str) -> None:
     """Move a transformer to its device; the matrices of its blocks are stored as is said, for good.
 
-    Its LoRA, if it has one, is there already and stays whole: what learns is neither rounded nor moved away.
+    A LoRA in it moves with it and keeps its precision: what learns is neither rounded nor left elsewhere.
     """
     waiting = set()
     for layer in list(dit.blocks.modules()) if storage != "device" else []:

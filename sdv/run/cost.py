@@ -222,12 +222,12 @@ def encoding(cfg: Settings, layout: Layout, task: Task) -> Encoders:
     with torch.device("meta"):
         vae, text = (layout.parts[part].build().requires_grad_(False) for part in ("vae", "text"))
     load_nothing(vae, dtype, "meta")
-    with torch.no_grad(), Meter() as eyes:
+    with torch.no_grad(), Meter() as seeing:
         for length in (frames, 1):
             vae.encode(torch.empty(1, 3, length, cfg.height, cfg.width, dtype=dtype, device="meta"))
     with torch.no_grad(), FakeTensorMode():
         load_nothing(text, dtype, "cpu")
-        with Meter() as ears:
+        with Meter() as reading:
             text.encoder(torch.zeros(1, layout.text_tokens, dtype=torch.long))
-    flops = (eyes.flops + ears.flops).total()
-    return Encoders(nbytes(vae) + nbytes(text), max(eyes.peak, ears.peak), flops)
+    flops = (seeing.flops + reading.flops).total()
+    return Encoders(nbytes(vae) + nbytes(text), max(seeing.peak, reading.peak), flops)

@@ -51,9 +51,11 @@ def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
 def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
     """ValueError if a file of the probe is also trained on."""
     seen = {file.resolve() for rows in trained for row in rows.rows for file in row.files}
-    for row in (row for rows in held_out for row in rows.rows):
-        if any(file.resolve() in seen for file in row.files):
-            raise ValueError(f"{row.origin}: a probe must not see what is trained on; hold its files out")
+    for file in (file for rows in held_out for row in rows.rows for file in row.files):
+        if file.resolve() in seen:
+            raise ValueError(
+                f"{file}: is held out (--val-pairs, --val-clips) and trained on; leave it in one"
+            )
 
 
 def fixed_draws(stream: int, task: int, micro: int, size: int) -> Draws:

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: its loss where it is learned, its memory, and what it films."""
+"""What a run reports while it trains: losses, also by quarter of the noise range, memory, rows of numbers."""
 
 import json
 import resource
@@ -56,7 +56,7 @@ def log_line(rows: list[dict], steps: int) -> str:
 def peak_memory(device: str) -> float:
     """GB: of the GPU's allocator, or of the process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from sdv.data.files import write_whole
+from sdv.data.files import make_folder, write_whole
 
 
 def saves(out: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
     """Make the folder of a new run, or note that one goes on. FileExistsError if it holds a run."""
     if saves(out) and not resume:
         raise FileExistsError(f"{out}: holds a run, {saves(out)[-1].name}; give --resume or another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     parts = _settings(out).get("parts", []) if resume else []
     if not resume:
         (out / "metrics.jsonl").write_text("")

@@ -130,10 +130,11 @@ def check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: torch knows no such device; use cpu, cuda or cuda:N") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+    gpus = torch.cuda.device_count()
+    count = {"cpu": 1, "cuda": gpus}.get(device.type, 0)
+    if (device.index or 0) >= count:
         raise ValueError(
-            f"--device {name}: is not here; this machine has cpu" + f", cuda x {count}" * (count > 1)
+            f"--device {name}: is not here; this machine has cpu" + f" and cuda x {gpus}" * (gpus > 0)
         )
 
 
