@@ -26,9 +26,10 @@ from sdv.data.captions import clean_caption, say_cut
 from sdv.data.files import make_folder, write_whole
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.sizes import with_model_defaults
-from sdv.lora import merge
+from sdv.lora import merge, require_mergeable
+from sdv.run import settings
 from sdv.run.films import Shot, film_names, list_film, read_shots
-from sdv.run.settings import DEVICE, DTYPE, Count, NotNegative, Positive, Rate, Seed, check_device, parse, run
+from sdv.run.settings import Count, Guidance, NotNegative, Positive, Rate, Seed
 from sdv.schedule import guidance
 from sdv.seeds import generator, normal
 
@@ -58,15 +59,15 @@ class Config(Film):
 
     steps: Count = 50  # denoising steps
     sampler: str = ""  # CogVideoX: ddim or dpm; Wan: unipc or euler; the checkpoint's own if not given
-    guidance: NotNegative | None = None  # on the text; 1: none, half the time; the model's own if not given
+    guidance: Guidance | None = None  # on the text; 1: none, half the time; the model's own if not given
     ref_guidance: NotNegative = 1.0  # on the reference; 1: none (paper)
     dynamic_guidance: bool = False  # the vendor's cosine guidance on the text
     negative: str | None = None  # what to move away from; the model's own words if not given
     merge: bool = False  # fold the adapter into the weights: faster, but rounded to their dtype
     compile: bool = False  # torch.compile of each block: the first film waits for it
     tiling: bool = False  # decode in spatial tiles: less memory
-    device: str = DEVICE  # where it runs
-    dtype: Literal["bfloat16", "float32"] = DTYPE  # of networks; the sampler is fp32
+    device: str = settings.DEVICE  # where it runs
+    dtype: Literal["bfloat16", "float32"] = settings.DTYPE  # of networks; the sampler is fp32
 
 
 # ── The loop ────────────────────────────────────────────────────────────────────────────────────────────
@@ -146,6 +147,8 @@ def wanted(cfg: Config) -> list[Shot]:
     """The films that are asked for, by prompts and seeds or by a manifest."""
     if bool(cfg.prompt) == bool(cfg.manifest) or (cfg.manifest and (cfg.ref or cfg.seed)):
         raise ValueError("give --prompt, with --ref and --seed, or --manifest, which names all three")
+    if cfg.negative:
+        clean_caption(cfg.negative, "--negative")
     if not cfg.adapter and (cfg.merge or cfg.lora_alpha is not None):
         raise ValueError("--merge and --lora-alpha are about an adapter: give --adapter as well")
     if cfg.manifest:
@@ -170,32 +173,38 @@ def wanted(cfg: Config) -> list[Shot]:
 
 
 def main() -> None:
-    cfg = parse(Config, __doc__)
+    cfg = settings.parse(Config, __doc__)
     dtype, out = getattr(torch, cfg.dtype), Path(cfg.out)
 
     # 1. Whatever can be wrong with the input is found before the weights are read: the sizes, the pictures,
     #    and the adapter, which is tried on a model without memory.
     shots = wanted(cfg)
-    check_device(cfg.device)
+    settings.check_device(cfg.device)
     make_folder(out)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
     pictures = {
-        shot.ref: fit(read_image(shot.ref), cfg.height, cfg.width, cfg.ref_fit) for shot in shots if shot.ref
+        ref: fit(read_image(ref), cfg.height, cfg.width, cfg.ref_fit)
+        for ref in dict.fromkeys(shot.ref for shot in shots)
+        if ref
     }
     if cfg.adapter:
         with torch.device("meta"):
-            print(weights.load_adapter(layout.parts["dit"].build(), cfg.adapter, cfg.lora_alpha))
+            dit = layout.parts["dit"].build()
+            print(weights.load_adapter(dit, cfg.adapter, cfg.lora_alpha))
+        if cfg.merge:
+            require_mergeable(dit, cfg.adapter)
         if not pictures:
             print("no --ref: text-to-video, by the base with its adapter")
     elif pictures:
         print("no --adapter: the base alone has not learned to look at a reference")
-    prompts = dict.fromkeys(shot.prompt for shot in shots)
+    prompts = dict.fromkeys([*(shot.prompt for shot in shots), cfg.negative])
     cut = say_cut(((f"{prompt:.30}...", prompt) for prompt in prompts), *weights.token_counter(layout))
     if cut:
         print(cut)
-    model = weights.sources(layout) + (weights.adapter_files(Path(cfg.adapter)) if cfg.adapter else [])
-    films = dict(zip(film_names(shots, dataclasses.asdict(cfg), model), shots, strict=True))
+    adapter = weights.adapter_files(Path(cfg.adapter)) if cfg.adapter else []
+    names = film_names(shots, dataclasses.asdict(cfg), weights.sources(layout), adapter)
+    films = dict(zip(names, shots, strict=True))
     for name in [name for name in films if (out / name).exists()]:
         print(f"{out / name} is there already and is kept")
         list_film(out, name, films.pop(name))
@@ -218,9 +227,11 @@ def main() -> None:
             block.compile()
     with torch.no_grad():
         refs = {
-            ref: backbone.vae.encode(picture[None, :, None].to(cfg.device, dtype))
-            for ref, picture in pictures.items()
+            ref: backbone.vae.encode(pictures[ref][None, :, None].to(cfg.device, dtype))
+            for ref in {shot.ref for shot in films.values()}
+            if ref
         }
+    del pictures
     backbone.vae.tiling = cfg.tiling  # of films alone: a picture fits
 
     # 4. The films, one by one.
@@ -237,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    settings.run(main)

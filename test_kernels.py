@@ -447,6 +447,14 @@ def test_same_bits_twice_and_as_the_reference(name):
 
 
 @EVERY
+def test_an_empty_batch_gives_an_empty_batch(name):
+    f, inputs = everything()[name]
+    whole, out = f(*inputs), f(*(x[:0] if x.ndim > 2 else x for x in inputs))
+    pairs = zip(whole, out, strict=True) if isinstance(whole, tuple) else [(whole, out)]
+    assert all(o.shape == (0, *w.shape[1:]) for w, o in pairs)
+
+
+@EVERY
 def test_compiles_into_one_graph(name):
     f, inputs = everything()[name]
     seen = []
@@ -473,6 +481,10 @@ def test_operators_are_well_formed():
     torch.library.opcheck(sdv.adaln.default, (x, y, gate, scale, shift, weight, bias, 1e-5, segments))
     torch.library.opcheck(sdv.adaln.default, (x, None, None, scale, shift, None, None, 1e-5, segments))
     torch.library.opcheck(sdv.adaln.default, (x, y, gate, None, None, None, None, 0.0, segments))
+    x, y, gate, scale, stats = (t.detach() for t in (x, y, gate, scale, numbers(1, 20, 2)))
+    for kept, learns in ((None, False), (None, True), (y, False), (y, True)):
+        tensors = (x, x, x, kept, gate, scale, None, stats)
+        torch.library.opcheck(sdv.adaln_backward.default, (*tensors, segments, learns))
 
 
 def test_offsets_past_two_to_the_31():
@@ -501,6 +513,12 @@ def test_who_runs_what(monkeypatch):
     assert not dispatch.use_triton(q)
     monkeypatch.setattr(dispatch, "MODE", "triton")
     monkeypatch.setattr(dispatch, "INTERPRET", False)
+    with pytest.raises(ValueError, match="cos and sin get no gradient"):
+        kernels.rope(heads(1, 1, 4, 16), *(table.requires_grad_() for table in tables(4, 16)))
+    with pytest.raises(ValueError, match=r"want modulations \(B, S, D\), got \(16,\)"):
+        kernels.adaln(torch.ones(1, 4, 16), torch.ones(16), torch.ones(16))
+    with pytest.raises(ValueError, match=r"want x \(B, H, L, K\).*got \(16,\)"):
+        kernels.rmsnorm_rope(torch.ones(16), torch.ones(16))
     with pytest.raises(ValueError, match="SDV_KERNELS=triton, but Triton cannot run torch.float32 on cpu"):
         kernels.attention(*[q.cpu()] * 3)
     monkeypatch.setattr(dispatch, "MODE", "auto")

@@ -43,7 +43,7 @@ from sdv.run import held_out, log, parallel, plan, provenance, report, saves, se
 from sdv.run.base_storage import Storage, hold
 from sdv.run.card import model_card
 from sdv.run.films import Shot, read_shots
-from sdv.run.settings import Count, CountOrNone, NotNegative, Positive, Rate, Seed, Share
+from sdv.run.settings import Count, CountOrNone, Guidance, NotNegative, Positive, Rate, Seed, Share
 from sdv.seeds import COIN, DROPOUT, LORA, SAMPLE, generator
 from sdv.surgery import Surgery
 
@@ -225,7 +225,7 @@ class Looking(Optimization):
     sample_every: CountOrNone = 0  # steps between sample videos; 0: none
     sample_manifest: str = ""  # what they show: lines {"prompt", "reference_file_name", "seed"}
     sample_steps: Count = 50  # their denoising steps
-    sample_guidance: NotNegative | None = None  # on the text; the model's own if not given
+    sample_guidance: Guidance | None = None  # on the text; the model's own if not given
     sample_ref_guidance: NotNegative = 1.0  # on the reference; 1: none
     tensorboard: bool = False  # metrics also for TensorBoard (needs the package)
 

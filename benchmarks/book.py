@@ -130,9 +130,9 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         if row["who"] == "sdv" and row.get("seconds"):
             ours[title(row), row["part"], row["what"]] = statistics.median(row["seconds"])
-    for row in rows:
-        if (head := title(row)) not in lines:
-            lines += ["", head, "", HEAD]
-        own = None if row["who"] == "sdv" else ours.get((head, row["part"], row["what"]))
-        lines.append(f"| {' | '.join(cells(row, own))} |")
+    for head in dict.fromkeys(map(title, rows)):
+        lines += ["", head, "", HEAD]
+        for row in (row for row in rows if title(row) == head):
+            own = None if row["who"] == "sdv" else ours.get((head, row["part"], row["what"]))
+            lines.append(f"| {' | '.join(cells(row, own))} |")
     return "\n".join(lines).strip() + "\n"

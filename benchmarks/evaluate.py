@@ -19,6 +19,7 @@ file of yours with one or both of these functions of two frames (1, 3, H, W) of 
 """
 
 import argparse
+import inspect
 import json
 import os
 import runpy
@@ -36,9 +37,11 @@ from benchmarks.evaluation.judges import ClipJudge, DinoJudge, weight_files
 from benchmarks.evaluation.scores import MEASURES, Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
+from microworld import movement
 from sdv.data.files import Hashes, digest, write_whole
 from sdv.run.settings import DEVICE, check_device, run
 
+CODE = [Path(inspect.getfile(of)) for of in (film_scores, ClipJudge, movement.speed)]  # of the measures
 PAPERS = ["CLIP ViT-B/32", "DINO ViT-S/16"]
 
 
@@ -50,7 +53,7 @@ def arguments() -> argparse.Namespace:
         ("manifest", "JSONL of the films to judge; FILMS/films.jsonl if not given"),
         ("clip", "folder of CLIP; the paper's is ViT-B/32"),
         ("dino", "folder of DINO or DINOv2; the paper's is DINO ViT-S/16"),
-        ("vbench", "Python file with VBench's networks"),
+        ("vbench", "Python file with VBench's networks; with other weights in it, give another --out"),
         ("base", "folder of films of the same prompts, made by the base without a reference"),
         ("subjects", "folder with a folder of pictures for each subject, the references among them"),
         ("nouns", "lines FOLDER,NOUN of the subjects"),
@@ -187,7 +190,7 @@ def main() -> None:
         **vbench(args.vbench),
         frames=args.frames,
     )
-    networks = {"vbench": [args.vbench]} | {
+    networks = {"vbench": [args.vbench], "code": CODE} | {
         name: [*weight_files(folder), folder / "preprocessor_config.json"] if folder else []
         for name, folder in (("clip", args.clip), ("dino", args.dino))
     }

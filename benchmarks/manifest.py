@@ -10,6 +10,7 @@ a beach". Manifests of one folder can be joined, for subjects that need prompts 
 import argparse
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def read_prompts(file: Path) -> list[str]:
 def fill(prompt: str, noun: str) -> str:
     """The prompt with the noun in it, "a" before it as the noun wants it."""
     if noun[0].lower() in "aeiou":
-        prompt = prompt.replace(f"a {PLACE}", f"an {PLACE}").replace(f"A {PLACE}", f"An {PLACE}")
+        prompt = re.sub(rf"\b([Aa]) (?={PLACE})", r"\1n ", prompt)
     return prompt.replace(PLACE, noun)
 
 

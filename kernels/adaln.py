@@ -269,9 +269,9 @@ def _backward(
     """(d(h) with a dout, d(y) with a gate, A and C if the norm learns and d(gate) with a y); else empty."""
     g = dh if dout is None else dout
     plan = _planned(g, gate, scale, segments, "backward")
-    dx, dy, sums = _gradients(g, len(plan.programs), dout, gate, learns, y)
-    tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight), stats, dx, dy
     n = 2 * learns + (y is not None)
+    dx, dy, sums = _gradients(g, len(plan.programs if n else plan.counts), dout, gate, learns, y)
+    tensors = *_strided(dh, dout, h, y, gate, scale), dense(weight), stats, dx, dy
     _launch(_backward_kernel, g, plan, *tensors, sums if n else None, SUMS=n)
     if n and max(plan.counts) > 1:  # in the order of the programs
         sums = torch.stack([part.sum(1) for part in sums.split(plan.counts, 1)], 1)
@@ -374,7 +374,9 @@ def _check(
     dispatch.want(name, got, x.device, {"y": y})
     require(y is None or y.dtype == x.dtype, lambda: f"{name}: x {x.dtype} and y {y.dtype} differ")
     if segments is None:
-        S = next(iter(modulation.values())).shape[1]
+        first = next(iter(modulation.values())).shape
+        require(len(first) == 3, lambda: f"{name}: want modulations (B, S, D), got {tuple(first)}")
+        S = first[1]
         require(
             S in (1, L), lambda: f"{name}: {S} modulations for {L} tokens: say whose they are with segments"
         )

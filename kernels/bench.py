@@ -332,8 +332,9 @@ def bench(ms: float, folder: Path):
             for timing in timings(case, small, ceiling, ms):
                 table.append(markdown(timing))
                 print(table[-1], flush=True)
-                empty = case._replace(inputs=[], providers={})  # lets the tensors go
-                done.append(timing._replace(case=empty))
+                # Lets the tensors go, else they would count as memory of the next case's first provider.
+                timing = timing._replace(case=case._replace(inputs=[], providers={}))
+                done.append(timing)
     if ms:
         write(done, table, gpu, version, folder)
 

@@ -64,6 +64,8 @@ def want(name: str, shape: tuple, device: torch.device, tensors: dict[str, Tenso
 
 def use_triton(x: Tensor) -> bool:
     """Whether x goes to Triton. Raises if SDV_KERNELS=triton asks for what cannot be."""
+    if x.numel() == 0:  # nothing to launch
+        return False
     runnable = HAVE_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRET or _recorder is not None)
     if MODE == "triton" and not runnable:
         raise ValueError(

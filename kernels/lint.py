@@ -32,6 +32,7 @@ adaln, attention, hopper, rope = (
 
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
 SM_SHARED = {80: 167936, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor has
+WARPS = {89: 48, 120: 48}  # that a multiprocessor holds, where not 64
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -129,7 +130,7 @@ def examine(case: str, arch: int, launch: Launch) -> Row:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     warps, shared = int(re.search(r"\.reqntid (\d+)", binary.asm["ptx"])[1]) // 32, binary.metadata.shared
     held = -(-registers // 8) * 8 * 32 * warps  # registers are handed out by eights
-    fit = min(65536 // held, 64 // warps, SM_SHARED[arch] // (shared + 1024))
+    fit = min(65536 // held, WARPS.get(arch, 64) // warps, SM_SHARED[arch] // (shared + 1024))
     tile = " ".join(f"{name}={value}" for name, value in (launch.meta).items())
     patterns = (
         r"\b(HGMMA|HMMA|UTC\w*MMA)",

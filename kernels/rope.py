@@ -327,7 +327,7 @@ def rmsnorm_rope(
     x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
     """Wan's q and k: RMSNorm across all heads with weight (H * K,), then `rope`; without cos, the norm."""
-    _check("rmsnorm_rope", x, {"weight": weight}, (x.shape[1] * x.shape[-1],), cos, sin)
+    _check("rmsnorm_rope", x, {"weight": weight}, (math.prod(x.shape[1::2]),), cos, sin)
     if not dispatch.use_triton(x):
         return rmsnorm_rope_reference(x, weight, cos, sin, eps)
     return _rope(x, weight, None, *_tables(x, cos, sin), eps, "rms", 1.0)
@@ -351,3 +351,5 @@ def _check(
         table = (*cos.shape[:1], got[3] // 2)
         dispatch.want(name, table, x.device, {"cos": cos, "sin": sin})
         require(table[0] <= got[2], lambda: f"{name}: cos and sin {table} turn more tokens than x {got} has")
+        learns = cos.requires_grad or sin.requires_grad
+        require(not learns, lambda: f"{name}: cos and sin get no gradient: detach them")

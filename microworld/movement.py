@@ -30,7 +30,8 @@ def shrink(clip: Tensor) -> Tensor:
 def speed(clip: Tensor, fps: float = 8) -> float:
     """How fast the fastest twentieth of the picture moves, in sides per second.
 
-    Block matching over half a second, four times a clip; it sees nothing faster than 0.33 sides per second.
+    Block matching over half a second, four times a clip; along an axis it sees nothing faster than 0.31 sides
+    per second.
     """
     frames = shrink(clip)
     gap = min(max(1, round(fps / 2)), len(frames) - 1)

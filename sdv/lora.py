@@ -132,18 +132,24 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def require_mergeable(model: nn.Module, name: str) -> None:
+    """ValueError, with this name, if the LoRA acts on the reference's tokens alone: weights act on all."""
+    if any(module.tokens for module in lora_modules(model).values()):
+        raise ValueError(f"{name}: acts on the reference's tokens alone, so it cannot be merged")
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Fold every update into the shared weights, so that sampling costs what the base model costs.
+    """Fold every update into the shared weights, and drop it: sampling then costs what the base model costs.
 
     ValueError, with the layer, for an update on some tokens, or one that leaves the range of the weights.
     """
+    require_mergeable(model, "the LoRA")
     for path, module in lora_modules(model).items():
-        if module.tokens is not None:
-            raise ValueError("a LoRA that acts on some tokens cannot be merged into weights that act on all")
         if not module.merged:
             merged = (module.weight.float() + module.delta()).to(module.weight.dtype)
             if not is_finite(merged):
                 raise ValueError(f"{path}: with its LoRA, the weight is not finite in {merged.dtype}")
             module.weight.copy_(merged)
             module.merged = True
+            del module.lora_A, module.lora_B

@@ -194,7 +194,11 @@ def dpm(
 def euler(
     schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
-    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32, without rngs."""
+    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32, without rngs.
+
+    They are UniPC's steps. FlowMatchEulerDiscreteScheduler of diffusers shifts the end of its grid a second
+    time, so its last step is shorter and its films differ.
+    """
     x, sigmas = x.float(), schedule.sigmas(steps).tolist()
     for i, (now, then) in enumerate(pairwise(sigmas)):
         x = x + (then - now) * denoise(x, schedule.train_steps * now, i)
@@ -246,10 +250,11 @@ def unipc(
 def guidance(scale: float, t: float, steps: int, dynamic: bool = False) -> float:
     """The weight w of the prompted prediction against the unprompted one: pred = bare + w (prompted - bare).
 
+    A scale of 1 is no guidance, dynamic or not, as in diffusers.
     dynamic: CogVideoX's cosine guidance as released and as diffusers runs it. It has the timestep t where a
     count of steps belongs, so w jumps about in [1, 1 + scale] until t < steps; calling it with t = steps - i
     gives the smooth rise from 1 that the formula was made for.
     """
-    if not dynamic:
+    if not dynamic or scale == 1:
         return scale
     return 1 + scale * (1 - math.cos(math.pi * ((steps - t) / steps) ** 5)) / 2

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sample
 import weights
-from helpers import TINY_DIT, full_disk, relative_error
+from helpers import TINY_DIT, full_disk, relative_error, run
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
 from sdv.lora import merge as merge_lora
 from sdv.models.cogvideox_dit import CogVideoXDiT
@@ -350,6 +351,23 @@ def test_each_tensor_of_a_merged_transformer_has_the_dtype_that_it_had(folders, 
     assert len({x.dtype for x in merged.values()}) == 2
 
 
+def test_a_half_precision_transformer_stays_one_when_merged(folders, tmp_path, monkeypatch):
+    base, file = shutil.copytree(folders[WanDiT], tmp_path / "base"), tmp_path / "a.safetensors"
+    whole = base / "transformer" / wan.DIT_FILE
+    save_file({name: tensor.half() for name, tensor in load_file(whole).items()}, whole, {"format": "pt"})
+    dit = adapted(base)
+    weights.save_adapter(dit, file)
+    command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
+    merged = load_file(tmp_path / "out/transformer" / wan.DIT_FILE)
+    assert {x.dtype for x in merged.values()} == {torch.float16}
+    for module in lora_modules(dit).values():
+        module.lora_B.data *= 1e6  # more than half precision holds
+    weights.save_adapter(dit, file)
+    with pytest.raises(SystemExit, match=r"a\.safetensors: blocks.* not finite in torch\.float16"):
+        command(monkeypatch, "merge", file, tmp_path / "more", "--backbone", base)
+    assert not (tmp_path / "more").exists()
+
+
 def test_a_merged_wan_has_the_reference_where_its_adapter_had_it(folders, tmp_path, monkeypatch):
     base, file = folders[WanDiT], tmp_path / "a.safetensors"
     dit = adapted(base)
@@ -398,8 +416,13 @@ def test_a_lora_on_the_reference_alone_is_not_merged(folders, tmp_path, monkeypa
     dit, file, out = mixed(WanDiT, NOT_VISUAL), tmp_path / "a.safetensors", tmp_path / "out"
     act_on_reference(dit)
     weights.save_adapter(dit, file)
-    with pytest.raises(SystemExit, match="cannot be merged"):
+    monkeypatch.setattr("weights.adapter.load_backbone", None)  # found before
+    with pytest.raises(SystemExit, match=r"a\.safetensors: .* cannot be merged"):
         command(monkeypatch, "merge", file, out, "--backbone", folders[WanDiT])
+    monkeypatch.setattr("weights.load_backbone", None)
+    options = {"--backbone": folders[WanDiT], "--adapter": file, "--prompt": "a dog", "--out": tmp_path}
+    with pytest.raises(ValueError, match=r"a\.safetensors: .* cannot be merged"):
+        run(monkeypatch, sample, options | {"--merge": ""})
     assert not out.exists()
 
 

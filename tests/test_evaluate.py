@@ -33,6 +33,17 @@ def make_subjects(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("prompt", "noun", "said"),
+    [
+        ("A {noun} and a {noun}", "otter", "An otter and an otter"),
+        ("a sea {noun} swims", "otter", "a sea otter swims"), ("a {noun}", "dog", "a dog"),
+    ],
+)  # fmt: skip
+def test_an_article_fits_its_noun(prompt, noun, said):
+    assert manifest.fill(prompt, noun) == said
+
+
 def test_a_manifest_is_what_sample_takes(tmp_path, monkeypatch):
     subjects = make_subjects(tmp_path / "subjects")
     (subjects / "prompts_and_classes.txt").write_text(

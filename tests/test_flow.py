@@ -194,9 +194,11 @@ def test_the_published_config_is_the_default_and_an_euler_one_is_read_too():
         {"solver_type": "bh1"},
         {"final_sigmas_type": "sigma_min"},
         {"use_karras_sigmas": True},
+        {"disable_corrector": [0]},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True},
     ],
     ids=str,
 )
 def test_a_schedule_that_is_not_supported_is_refused_by_the_name_of_its_field(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        schedule_from(CONFIG | change)
+    with pytest.raises(ValueError, match=list(change)[-1]):
+        schedule_from(change if len(change) > 1 else CONFIG | change)

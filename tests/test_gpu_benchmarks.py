@@ -64,6 +64,15 @@ def test_a_failure_is_a_row_and_the_next_measurement_runs(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_a_table_has_only_rows_that_compare():
+    """A peer that is measured again at an old commit, after a newer one, stands in the old commit's table."""
+    row = {"part": "steps", "what": "a", "date": "d", "machine": "m", "versions": {}}
+    rows = [row | {"who": who, "commit": c, "seconds": [s]} for who, c, s in (
+        ("sdv", "A", 1.0), ("sdv", "B", 3.0), ("diffusers", "A", 2.0))]  # fmt: skip
+    old, new = book.table(rows).split("commit ")[1:]
+    assert "| diffusers | 2.000 |" in old and " 0.50 |" in old and "diffusers" not in new and "3.000" in new
+
+
 def test_one_command_for_a_gpu_without_network_or_video_library(monkeypatch, tmp_path):
     monkeypatch.chdir(gpu.ROOT)
     (tmp_path / "sitecustomize.py").write_text(

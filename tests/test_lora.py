@@ -119,9 +119,7 @@ def test_merge_gives_the_same_prediction(stock_dit):
     merge(dit)
     merge(dit)  # a second time does nothing
     assert relative_error(dit(*inputs), adapted) <= 1e-5
-    for module in lora_modules(dit).values():  # is in the weights now, and of no more use
-        module.lora_B.zero_()
-    assert relative_error(dit(*inputs), adapted) <= 1e-5
+    assert not any("lora" in name for name, _ in dit.named_parameters())  # its memory is free
 
 
 @torch.no_grad()

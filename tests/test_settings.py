@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -15,6 +16,7 @@ from microworld import claims, demo, gradients, placement, world
 from sdv.lora import adapt
 from sdv.run.films import Shot, film_names, list_film, read_shots
 from sdv.run.settings import check_device, parse
+from sdv.run.settings import run as call
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_the_edges_of_a_range_are_legal(words):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--steps", "0"], ["--guidance", "-1"], ["--ref-guidance", "nan"], ["--seed", "0", "-1"],
+        ["--steps", "0"], ["--guidance", "0.5"], ["--ref-guidance", "nan"], ["--seed", "0", "-1"],
         ["--merge"], ["--lora-alpha", "2"], ["--ref-guidance", "2"], ["--manifest", "m.jsonl"],
         ["--seed", "5", "--prompt", "", "--manifest", "m.jsonl"],
     ],
@@ -84,6 +86,14 @@ def test_studies_refuse_in_the_same_way(study, words, capsys):
         parse(study.Config, "", words.split())
     said = str(caught.value) + capsys.readouterr().err
     assert words.split()[0] in said and "\n" not in said.strip()
+
+
+def test_too_little_memory_is_told_with_what_needs_less():
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore about it")
+
+    with pytest.raises(SystemExit, match=r"Tried to allocate 20 GiB\.\n.*--tiling"):
+        call(full)
 
 
 def test_old_names_are_read_for_this_version_with_a_line(capsys):
@@ -132,8 +142,8 @@ def test_a_film_has_another_name_with_other_weights_or_another_strength(tiny, tm
     adapter = tmp_path / "peft" / "adapter_model.safetensors"
 
     def name() -> str:
-        files = weights.sources(weights.open_backbone(folder)) + weights.adapter_files(adapter)
-        return film_names(shot, {"steps": 1}, files)[0]
+        base = weights.sources(weights.open_backbone(folder))
+        return film_names(shot, {"steps": 1}, base, weights.adapter_files(adapter))[0]
 
     names = [name()]
     config = tmp_path / "peft" / "adapter_config.json"
@@ -149,6 +159,16 @@ def test_a_film_has_another_name_with_other_weights_or_another_strength(tiny, tm
     assert len(set(names)) == 3 and name() == names[-1]
 
 
+def test_a_film_is_named_by_every_number_of_its_adapter_and_the_same_in_any_list(tmp_path):
+    """A strength is one number among megabytes."""
+    files, halves = (tmp_path / "a.safetensors", tmp_path / "b.safetensors"), torch.zeros(2, 2_000_000)
+    for i, file in enumerate(files):
+        save_file({"a.down": halves[0], "a.up": halves[1], "a.alpha": torch.tensor(1.0 + i)}, file)
+    dog, cat = Shot("a dog", None, 0), Shot("a cat", None, 0)
+    ((one,), (other,)) = (film_names([dog], {}, [], [file]) for file in files)
+    assert one != other and film_names([cat, dog], {}, [], files[:1])[1] == one
+
+
 def test_a_list_of_films_that_a_full_disk_has_cut_goes_on_whole(tmp_path):
     for i in range(2):
         list_film(tmp_path, f"{i}.mp4", Shot("a dog", None, i))
@@ -162,7 +182,7 @@ def test_a_list_of_films_that_a_full_disk_has_cut_goes_on_whole(tmp_path):
 def test_a_long_prompt_is_told_and_a_folder_may_have_any_name(monkeypatch, tiny, tmp_path, capsys):
     out, long = tmp_path / "16:9", "a dog that runs along a beach and further along " * 8
     run(monkeypatch, sample, {"--backbone": tiny, **SIZE, "--steps": 1, "--prompt": long, "--out": out})
-    assert "1 of 1 captions are cut to" in capsys.readouterr().out and len(list(out.glob("*.mp4"))) == 1
+    assert "1 of 2 captions are cut to" in capsys.readouterr().out and len(list(out.glob("*.mp4"))) == 1
 
 
 def test_a_manifest_is_filmed_in_one_load_and_goes_on_where_it_was_stopped(monkeypatch, tiny, tmp_path):

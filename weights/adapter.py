@@ -17,14 +17,17 @@ from pathlib import Path
 import torch
 
 from sdv.data.files import write_whole
-from sdv.lora import lora_modules
 from sdv.lora import merge as merge_lora
+from sdv.lora import require_mergeable
+from sdv.models.layers import is_finite
 from sdv.run.settings import run
 from weights.adapters import check_fit, load_adapter
 from weights.backbone import load_backbone, open_backbone
 from weights.formats import FORMATS, Adapter, label, read, write
 from weights.layout import Layout
 from weights.tensors import Checkpoint, plan, read_json, save_module
+
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def convert(source: Path, target: Path, format: str, alpha: float | None, backbone: str) -> None:
@@ -64,18 +67,20 @@ def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> Non
         raise ValueError(f"{folder}: not empty; name a new folder for the merged transformer")
     # What can be wrong with the adapter is found before the weights are read.
     with torch.device("meta"):
-        load_adapter(part.build(), source, alpha)
+        dit = part.build()
+        load_adapter(dit, source, alpha)
+    require_mergeable(dit, str(source))
     stored = Checkpoint(layout.path / part.source)
-    dtype = torch.bfloat16 if stored.dtypes() == "BF16" else torch.float32
+    dtype = torch.bfloat16 if stored.dtypes() == "BF16" else torch.float32  # in which it is added
     dit = load_backbone(backbone, dtype=dtype, parts=("dit",)).dit
     place = dit.ref_position
     print(load_adapter(dit, source, alpha))
     merge_lora(dit)
-    for module in lora_modules(dit).values():
-        del module.lora_A, module.lora_B  # what is left are the names of the base
     for ours, theirs in plan(dit, part.names, stored).items():
         parameter = dit.get_parameter(ours)
-        parameter.data = parameter.to(torch.bfloat16 if stored.dtype(theirs) == "BF16" else torch.float32)
+        parameter.data = parameter.to(HALVES.get(stored.dtype(theirs), torch.float32))
+        if not is_finite(parameter):
+            raise ValueError(f"{source}: {ours} is not finite in {parameter.dtype} with this LoRA in it")
     save_module(dit, part.names, folder / part.file)
     config = read_json(layout.path / part.folder / "config.json")
     if dit.ref_position != place:  # the adapter has it elsewhere

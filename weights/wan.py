@@ -291,7 +291,11 @@ FLOW_FIELDS: Fields = {
     "shift_terminal": fixed(None),
     "num_train_timesteps": Row(STEPS, 1000, "train_steps"),
 }
-EULER_FIELDS: Fields = FLOW_FIELDS | {"shift": Row(SHIFT, 1.0, "shift")}
+EULER_FIELDS: Fields = FLOW_FIELDS | {
+    "invert_sigmas": fixed(False),
+    "stochastic_sampling": fixed(False),
+    "shift": Row(SHIFT, 1.0, "shift"),
+}
 UNIPC_FIELDS: Fields = FLOW_FIELDS | {
     "prediction_type": fixed("flow_prediction", default="epsilon"),
     "use_flow_sigmas": fixed(True, default=False),
@@ -301,6 +305,7 @@ UNIPC_FIELDS: Fields = FLOW_FIELDS | {
     "lower_order_final": fixed(True),
     "final_sigmas_type": fixed("zero"),
     "thresholding": fixed(False),
+    "disable_corrector": fixed([]),
     "flow_shift": Row(SHIFT, 1.0, "shift"),
 }
 

@@ -112,18 +112,18 @@ def how_like_is_it(judge: ImageNet, count: int, others: int = 12) -> Iterator[Fi
     found = []
     for i in range(count):
         ref, (scene, *_) = world.heldout(i)
-        people = [ref.subject, *world.lookalikes(ref.subject)[:others]]
+        people = world.lookalikes(ref.subject)[:others]
         vectors = judge.images(
             torch.stack([drawn(ref, ref.subject, "white"), *(drawn(scene, who, "white") for who in people)])
         )
-        looks = metrics.subject_looks(people, torch.full((3,), 250 / 255))
-        truth, _ = metrics.look_distance(looks[:1, 0], looks)
+        looks = metrics.subject_looks([ref.subject, *people], torch.full((3,), 250 / 255))
+        truth, _ = metrics.look_distance(looks[:1, 0], looks[1:])  # the subject itself would carry the rank
         found.append(rank((vectors[1:] @ vectors[0]).tolist(), (-truth).tolist()))
     yield (
         f"likeness to {others} lookalikes, by their drawings",
         "rank",
         float(np.mean(found)),
-        count * (others + 1),
+        count * others,
     )
 
 
@@ -251,7 +251,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", type=int, default=40, help="subjects, and films of each kind (default 40)")
+    parser.add_argument("--count", type=int, default=40, help="subjects, and renders (default 40)")
+    parser.add_argument("--films", type=int, default=20, help="of base and adapter each (default 20)")
     args = parser.parse_args()
     judge, of = ImageNet(), studio.cases(args.count)
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
@@ -261,7 +262,7 @@ def main() -> None:
             who_is_it(judge, args.count),
             how_like_is_it(judge, args.count),
             renders(judge, of),
-            adapters(judge, of),
+            adapters(judge, studio.cases(args.films)),
         ):
             for what, figure, value, cases in part:
                 machine = f"{platform.machine()}, torch {torch.__version__}"

@@ -57,22 +57,23 @@ def _shot(manifest: Path, number: int, line: bytes) -> Shot:
 NOT_SEEN = ("prompt", "ref", "seed", "manifest", "out", "adapter", "backbone")  # or named by their content
 
 
-def film_names(shots: list[Shot], settings: dict, model: Iterable[Path]) -> list[str]:
-    """A name for each: number, seed, words, and a digest of all that makes the film what it is.
+def film_names(
+    shots: list[Shot], settings: dict, backbone: Iterable[Path], adapter: Iterable[Path]
+) -> list[str]:
+    """A name for each: words, seed, and a digest of all that makes the film what it is.
 
-    settings: sample.py's, by name; model: the files of backbone and adapter. Two films have one name only if
-    they are the same film.
+    settings: sample.py's, by name; backbone, adapter: their files. Two films have one name only if they are
+    the same film, and a film has the same name in any list.
     """
     made_by = {name: value for name, value in settings.items() if name not in NOT_SEEN}
-    made_by["model"] = [sampled_hash(file) for file in model]
-    refs = {shot.ref: content_hash(shot.ref) for shot in shots if shot.ref}
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(shot.prompt for shot in shots))}
+    made_by["model"] = [*map(sampled_hash, backbone), *map(content_hash, adapter)]
+    refs = {ref: content_hash(ref) for ref in {shot.ref for shot in shots} if ref}
     names = []
     for shot in shots:
         words = re.sub(r"[\W_]+", "-", shot.prompt.lower()).strip("-")[:40]
         words = words.encode(errors="ignore")[:120].decode(errors="ignore")  # a name holds 255 bytes
         mark = digest(made_by, shot.prompt, refs.get(shot.ref), shot.seed)[:8]
-        names.append(f"{numbers[shot.prompt]:02d}-seed{shot.seed}-{words}-{mark}.mp4")
+        names.append("-".join([*([words] if words else []), f"seed{shot.seed}", f"{mark}.mp4"]))
     return names
 
 
@@ -85,5 +86,6 @@ def list_film(out: Path, name: str, shot: Shot) -> None:
     line = json.dumps(row).encode() + b"\n"
     if line not in known:
         with open(table, "ab") as file:
-            file.truncate(known.rfind(b"\n") + 1)  # of a line that a full disk has cut, nothing stays
+            if known and not known.endswith(b"\n"):  # of a line that a full disk has cut, nothing stays
+                file.truncate(known.rfind(b"\n") + 1)
             file.write(line)

@@ -48,8 +48,11 @@ NotNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]  # 0: none
 Seed = Annotated[int, Range(0)]
+Guidance = Annotated[float, Range(1)]  # on the text; 1: none
 Rate = Annotated[float, Range(0.01, 1000)]  # frames per second
 
+OUT_OF_MEMORY = """sample.py needs less with --tiling, with --merge, and for fewer or smaller frames;
+train.py --plan says what each of its settings saves."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
@@ -158,6 +161,8 @@ def run(main: Callable[[], int | None]) -> None:
         status = CLOSED_PIPE
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {str(error).splitlines()[0]}\n{OUT_OF_MEMORY}") from error
     if status:
         raise SystemExit(status)
 
