@@ -18,6 +18,7 @@ from sdv.models.positions import place_reference
 from sdv.models.wan_dit import WanDiT
 from weights import adapter, cogvideox, formats, wan
 from weights import tiny as tiny_models
+from weights.mean import strongest
 from weights.tensors import rename, reverse, save_module
 
 quiet = lambda line: None  # noqa: E731
@@ -349,6 +350,29 @@ def test_each_tensor_of_a_merged_transformer_has_the_dtype_that_it_had(folders, 
     merged = load_file(tmp_path / "out/transformer" / wan.DIT_FILE)
     assert {name: x.dtype for name, x in merged.items()} == {name: x.dtype for name, x in mixed.items()}
     assert len({x.dtype for x in merged.values()}) == 2
+
+
+@FAMILIES
+def test_the_mean_of_two_adapters_adds_the_mean_of_their_updates(family, tmp_path, monkeypatch):
+    """In another format, of another rank and strength, and without some layers; cut as float64's SVD cuts."""
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "mean.safetensors"
+    one, other = plain(family), mixed(family, NOT_VISUAL)
+    weights.save_adapter(one, files[0])
+    weights.save_adapter(other, files[1], "kohya")
+    found, lacking = deltas(one), deltas(other)
+    wanted = {path: (x + lacking.get(path, torch.zeros_like(x))) / 2 for path, x in found.items()}
+    command(monkeypatch, "mean", *files)
+    assert_same(deltas(reloaded(family, files[2])[0]), wanted)
+    command(monkeypatch, "mean", *files, "--rank", 2)
+    for path, delta in deltas(reloaded(family, files[2])[0]).items():
+        exact = wanted[path].double().flatten(1)
+        least = torch.linalg.svdvals(exact)[2:].norm()  # no other of rank 2 is nearer (Eckart and Young)
+        assert (delta.double().flatten(1) - exact).norm() <= least + 1e-6 * exact.norm()
+    A, B = strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
+    assert A.shape == (3, 3) and B.shape == (5, 3)
+    weights.save_adapter(plain(next(kind for kind in BUILD if kind is not family)), files[1])
+    with pytest.raises(SystemExit, match=r"b\.safetensors: another family"):
+        command(monkeypatch, "mean", *files)
 
 
 def test_a_half_precision_transformer_stays_one_when_merged(folders, tmp_path, monkeypatch):

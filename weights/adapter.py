@@ -2,6 +2,7 @@
 
     python -m weights.adapter inspect adapter.safetensors
     python -m weights.adapter convert adapter.safetensors for-comfyui.safetensors --format comfyui
+    python -m weights.adapter mean one.safetensors another.safetensors both.safetensors --rank 128
     python -m weights.adapter merge adapter.safetensors merged --backbone CogVideoX-5b
 
 Reading knows the formats of --format by their keys, a folder being peft's. To convert, no weights are
@@ -25,6 +26,7 @@ from weights.adapters import check_fit, load_adapter
 from weights.backbone import load_backbone, open_backbone
 from weights.formats import FORMATS, Adapter, label, read, write
 from weights.layout import Layout
+from weights.mean import mean as mean_of
 from weights.tensors import Checkpoint, plan, read_json, save_module
 
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,6 +58,16 @@ def inspect(source: Path, alpha: float | None, backbone: str) -> None:
         kinds[re.sub(r"^blocks\.\d+\.", "", ours)].append(scale * update.norm())
     for kind, norms in sorted(kinds.items()):
         print(f"    {kind:<12} {len(norms):>6} {sum(norms) / len(norms):>11.4g} {max(norms):>11.4g}")
+
+
+def mean(source: list[Path], target: Path, rank: int | None, alpha: float | None, backbone: str) -> None:
+    """Write the mean of several adapters of one backbone as one adapter, in the first one's format."""
+    adapters = [_read(path, alpha, backbone) for path in source]
+    for adapter in adapters:
+        print(f"{adapter.path}: {adapter.format}, {label(adapter.family)}, {adapter}")
+    both = mean_of(adapters, rank)
+    write(both, target, both.format)
+    print(f"{target}: their mean, rank {max(update.rank for update in both.updates.values())}")
 
 
 def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> None:
@@ -107,14 +119,19 @@ def main() -> None:
         prog="python -m weights.adapter", description=__doc__, formatter_class=raw
     )
     commands = parser.add_subparsers(required=True)
-    for command in (inspect, convert, merge):
+    for command in (inspect, convert, mean, merge):
         options = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         options.set_defaults(command=command)
-        options.add_argument("source", type=Path, help="an adapter: a file, or the folder that peft wrote")
+        several = {"nargs": "+"} if command is mean else {}
+        options.add_argument(
+            "source", type=Path, help="adapter: a file, or the folder that peft wrote", **several
+        )
         if command is not inspect:
             options.add_argument("target", type=Path, help="what to write")
         if command is convert:
             options.add_argument("--format", required=True, choices=FORMATS)
+        if command is mean:
+            options.add_argument("--rank", type=int, help="only so many directions of each; all if not given")
         options.add_argument("--alpha", "--lora-alpha", type=float, help="for a file that does not say it")
         needed = {"required": True} if command is merge else {"default": ""}
         options.add_argument("--backbone", help="folder of the checkpoint", **needed)
