@@ -164,6 +164,7 @@ def next_draws(task: str, step: int, micro: int, seen: dict[str, int], cfg: "Con
 
 
 # ── All other settings ──────────────────────────────────────────────────────────────────────────────────
+# Each class adds a group of flags to those before it; its docstring is the group's title in --help.
 
 
 @dataclass(frozen=True)
@@ -342,11 +343,13 @@ def attach(dit: nn.Module, file: str | Path, cfg: Config) -> str:
     """Give it the LoRA, a file's or a new one, and its place for the reference; says which LoRA it is."""
     if file:
         which = weights.load_adapter(dit, file, cfg.lora_alpha)
-        lora = next(iter(lora_modules(dit).values()))
-        tokens = "all" if lora.tokens is None else "ref"
-        for name, value in {"rank": lora.rank, "alpha": lora.alpha, "lora_tokens": tokens}.items():
-            if getattr(cfg, name) not in (value, getattr(Config, name)):  # not asked for, if the default
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {file} has {value}")
+        modules = lora_modules(dit).values()
+        has = {name: {getattr(module, name) for module in modules} for name in ("rank", "alpha")}
+        has["lora_tokens"] = {"ref" if module.tokens else "all" for module in modules}
+        for name, values in has.items():
+            if getattr(cfg, name) not in values | {getattr(Config, name)}:  # the default was not asked for
+                wrong = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
+                raise ValueError(f"{wrong}: {file} has {', '.join(map(str, sorted(values)))}; leave it out")
     else:
         adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
         which = f"a new LoRA of rank {cfg.rank}, alpha {cfg.alpha}"

@@ -59,7 +59,7 @@ class Config:
     pairs: Count = 4000  # picture pairs
     clips: Count = 64  # clips of other subjects
     cases: Count = 40  # videos a run is judged by, for each guidance
-    ref_guidance: tuple[NotNegative, ...] = (1.0, studio.REF_GUIDANCE)  # on the reference; 1: none
+    ref_guidance: tuple[NotNegative, ...] = (1.0, 1.5)  # on the reference; 1: none
     out: str = "out/study"  # worlds and runs
 
 

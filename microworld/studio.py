@@ -37,7 +37,7 @@ RECIPE = {
 }  # fmt: skip
 # Films of an adapter are guided by the picture alone: guidance on the text argues with it and mottles the
 # subject. The base has only the text; the 5B's guidance of 6 would make this small model's colours glow.
-REF_GUIDANCE, BASE_GUIDANCE = 1.5, 3.0
+REF_GUIDANCE, BASE_GUIDANCE = 2.0, 3.0
 
 
 def arguments(options: dict[str, object]) -> list[str]:

@@ -73,7 +73,7 @@ def film_names(
         words = re.sub(r"[\W_]+", "-", shot.prompt.lower()).strip("-")[:40]
         words = words.encode(errors="ignore")[:120].decode(errors="ignore")  # a name holds 255 bytes
         mark = digest(made_by, shot.prompt, refs.get(shot.ref), shot.seed)[:8]
-        names.append("-".join([*([words] if words else []), f"seed{shot.seed}", f"{mark}.mp4"]))
+        names.append(f"{words or 'film'}-seed{shot.seed}-{mark}.mp4")
     return names
 
 
