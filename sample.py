@@ -133,6 +133,8 @@ def latent_shape(layout: weights.Layout, cfg: Config) -> tuple[int, int, int, in
 
 def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
     """Fill what was not given with the model's own values; refuse what cannot be before loading."""
+    if cfg.negative:
+        cfg = dataclasses.replace(cfg, negative=clean_caption(cfg.negative, "--negative"))
     cfg = with_model_defaults(cfg, layout)
     layout.schedule.timesteps(cfg.steps)
     if cfg.sampler not in ("", *layout.schedule.samplers):
@@ -147,15 +149,13 @@ def wanted(cfg: Config) -> list[Shot]:
     """The films that are asked for, by prompts and seeds or by a manifest."""
     if bool(cfg.prompt) == bool(cfg.manifest) or (cfg.manifest and (cfg.ref or cfg.seed)):
         raise ValueError("give --prompt, with --ref and --seed, or --manifest, which names all three")
-    if cfg.negative:
-        clean_caption(cfg.negative, "--negative")
     if not cfg.adapter and (cfg.merge or cfg.lora_alpha is not None):
         raise ValueError("--merge and --lora-alpha are about an adapter: give --adapter as well")
     if cfg.manifest:
         shots = read_shots(cfg.manifest)
     else:
         for prompt in cfg.prompt:
-            if os.path.isfile(prompt):
+            if os.path.isfile(prompt) and Path(prompt).suffix:  # "dog" may be meant as a word
                 raise ValueError(
                     f"--prompt {prompt}: is a file; give words, or --manifest for a list of films"
                 )
@@ -180,7 +180,6 @@ def main() -> None:
     #    and the adapter, which is tried on a model without memory.
     shots = wanted(cfg)
     settings.check_device(cfg.device)
-    make_folder(out)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
     pictures = {
@@ -198,7 +197,8 @@ def main() -> None:
             print("no --ref: text-to-video, by the base with its adapter")
     elif pictures:
         print("no --adapter: the base alone has not learned to look at a reference")
-    prompts = dict.fromkeys([*(shot.prompt for shot in shots), cfg.negative])
+    unlike = [cfg.negative] if cfg.negative and cfg.guidance != 1 else []
+    prompts = dict.fromkeys([*(shot.prompt for shot in shots), *unlike])
     cut = say_cut(((f"{prompt:.30}...", prompt) for prompt in prompts), *weights.token_counter(layout))
     if cut:
         print(cut)
@@ -210,6 +210,7 @@ def main() -> None:
         list_film(out, name, films.pop(name))
     if not films:
         return
+    make_folder(out)
 
     # 2. The text encoder is as large as the transformer and is needed once: it goes before the other comes.
     text = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts=("text",)).text

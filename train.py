@@ -182,7 +182,7 @@ class Data(Method):
     workers: CountOrNone = 2  # processes that decode ahead; 0: none
     verify: CountOrNone = 64  # rows of each folder decoded before the start; all: python -m sdv.data check
     cache: str = ""  # folder for latents and text states, encoded once; none: encoded in every step
-    cache_frames: CountOrNone = 0  # frames of a clip that can be its reference, if there is a cache; 0: all
+    cache_frames: CountOrNone = 0  # frames of a clip that the cache keeps as possible references; 0: all
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,8 @@ def kept_settings(cfg: Config, world: int) -> dict:
     if cfg.coin == "micro":  # a coin for each micro-batch depends on how many there are
         kept["cut"] = cut
     kept["processes"] = world if cfg.coin == "micro" else None
-    # A reference from a cache is moved by cells of a latent, else by pixels.
-    kept["cached"] = bool(cfg.cache) if cfg.ref_shift else None
+    # A cache may hold only some frames of a clip, and a reference from it is moved by cells of a latent.
+    kept["cached"] = bool(cfg.cache) if cfg.cache_frames or cfg.ref_shift else None
     return kept
 
 
@@ -286,7 +286,8 @@ def refuse_conflicts(cfg: Config) -> None:
         (bool(cfg.val_pairs) != bool(cfg.val_clips),
          "--val-pairs and --val-clips belong together: a probe compares both tasks"),
         (cfg.cache_frames and not cfg.cache, "--cache-frames is about a cache: give --cache too"),
-        (cfg.adapter and cfg.targets, "--targets is about a new LoRA: an --adapter is where it is"),
+        (cfg.adapter and cfg.targets and not cfg.resume,
+         "--targets is about a new LoRA: that of an --adapter is where it is"),
         (cfg.cache and (cfg.crop_jitter or cfg.window == "random"),
          "--cache keeps one view of a file: leave out --crop-jitter and --window random"),
         (cfg.pcgrad != "none" and (cfg.coin != "step" or not trains_both),
@@ -343,18 +344,22 @@ def attach(dit: nn.Module, file: str | Path, cfg: Config) -> str:
     """Give it the LoRA, a file's or a new one, and its place for the reference; says which LoRA it is."""
     if file:
         which = weights.load_adapter(dit, file, cfg.lora_alpha)
-        modules = lora_modules(dit).values()
-        has = {name: {getattr(module, name) for module in modules} for name in ("rank", "alpha")}
-        has["lora_tokens"] = {"ref" if module.tokens else "all" for module in modules}
-        for name, values in has.items():
-            if getattr(cfg, name) not in values | {getattr(Config, name)}:  # the default was not asked for
-                wrong = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
-                raise ValueError(f"{wrong}: {file} has {', '.join(map(str, sorted(values)))}; leave it out")
     else:
         adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens)
         which = f"a new LoRA of rank {cfg.rank}, alpha {cfg.alpha}"
     place_reference(dit, cfg.ref_position or dit.ref_position)
     return which
+
+
+def refuse_other_lora(dit: nn.Module, cfg: Config) -> None:
+    """ValueError for a setting of a new LoRA that the one of --adapter has otherwise."""
+    modules = lora_modules(dit).values()
+    has = {name: {getattr(module, name) for module in modules} for name in ("rank", "alpha")}
+    has["lora_tokens"] = {"ref" if module.tokens else "all" for module in modules}
+    for name, values in has.items():
+        if getattr(cfg, name) not in values | {getattr(Config, name)}:  # a default was not asked for
+            asked, there = getattr(cfg, name), ", ".join(map(str, sorted(values)))
+            raise ValueError(f"--{name.replace('_', '-')} {asked}: {cfg.adapter} has {there}; leave it out")
 
 
 def open_encoders(
@@ -514,7 +519,8 @@ def main() -> None:
         saves.require_same(out, kept, dataclasses.asdict(Config()) | unknown, RENAMED)
     else:
         with torch.device("meta"):  # tried on a model without memory
-            attach(layout.parts["dit"].build(), cfg.adapter, cfg)
+            attach(trial := layout.parts["dit"].build(), cfg.adapter, cfg)
+        refuse_other_lora(trial, cfg)
     newest, state = saves.newest_whole(out, say) if cfg.resume else (None, {"step": 0})
     first = state["step"]
     if first > cfg.steps or (first == cfg.steps and not (cfg.val_pairs or cfg.sample_every)):

@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
         ("manifest", "JSONL of the films to judge; FILMS/films.jsonl if not given"),
         ("clip", "folder of CLIP; the paper's is ViT-B/32"),
         ("dino", "folder of DINO or DINOv2; the paper's is DINO ViT-S/16"),
-        ("vbench", "Python file with VBench's networks; with other weights in it, give another --out"),
+        ("vbench", "Python file with VBench's networks; if you change their weights, use a new --out"),
         ("base", "folder of films of the same prompts, made by the base without a reference"),
         ("subjects", "folder with a folder of pictures for each subject, the references among them"),
         ("nouns", "lines FOLDER,NOUN of the subjects"),

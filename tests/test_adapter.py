@@ -371,8 +371,27 @@ def test_the_mean_of_two_adapters_adds_the_mean_of_their_updates(family, tmp_pat
     A, B = strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
     assert A.shape == (3, 3) and B.shape == (5, 3)
     weights.save_adapter(plain(next(kind for kind in BUILD if kind is not family)), files[1])
-    with pytest.raises(SystemExit, match=r"b\.safetensors: another family"):
+    with pytest.raises(SystemExit, match=r"b\.safetensors: is of another backbone"):
         command(monkeypatch, "mean", *files)
+    before = files[1].read_bytes()
+    for words, said in (
+        (files[:2], "name two adapters or more"),
+        ((*files[:2], files[1]), "is one of the adapters"),
+    ):
+        with pytest.raises(SystemExit, match=said):  # a forgotten target would be the last adapter
+            command(monkeypatch, "mean", *words)
+    assert files[1].read_bytes() == before
+
+
+def test_a_strength_is_given_to_the_adapters_of_a_mean_that_do_not_say_it(tmp_path, monkeypatch):
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "mean.safetensors"
+    one, other = plain(WanDiT), plain(WanDiT)
+    weights.save_adapter(one, files[0])
+    weights.save_adapter(other, files[1])
+    save_file(load_file(files[1]), files[1], {"format": "pt"})  # of another tool: no alpha, no notes
+    command(monkeypatch, "mean", *files, "--lora-alpha", 12)  # three times what it had
+    wanted = {path: (x + 3 * deltas(other)[path]) / 2 for path, x in deltas(one).items()}
+    assert_same(deltas(reloaded(WanDiT, files[2])[0]), wanted)
 
 
 def test_a_half_precision_transformer_stays_one_when_merged(folders, tmp_path, monkeypatch):

@@ -60,12 +60,19 @@ def inspect(source: Path, alpha: float | None, backbone: str) -> None:
         print(f"    {kind:<12} {len(norms):>6} {sum(norms) / len(norms):>11.4g} {max(norms):>11.4g}")
 
 
-def mean(source: list[Path], target: Path, rank: int | None, alpha: float | None, backbone: str) -> None:
+def mean(
+    source: list[Path], target: Path, rank: int | None, dtype: str, alpha: float | None, backbone: str
+) -> None:
     """Write the mean of several adapters of one backbone as one adapter, in the first one's format."""
-    adapters = [_read(path, alpha, backbone) for path in source]
+    if len(source) < 2:
+        raise ValueError(f"{target}: name two adapters or more, and after them the file to write")
+    if target.resolve() in {path.resolve() for path in source}:
+        raise ValueError(f"{target}: is one of the adapters; name another file to write")
+    adapters = [_read(path, None, backbone) for path in source]
+    adapters = [known if known.alpha_from else _read(known.path, alpha, backbone) for known in adapters]
     for adapter in adapters:
         print(f"{adapter.path}: {adapter.format}, {label(adapter.family)}, {adapter}")
-    both = mean_of(adapters, rank)
+    both = mean_of(adapters, rank, getattr(torch, dtype))
     write(both, target, both.format)
     print(f"{target}: their mean, rank {max(update.rank for update in both.updates.values())}")
 
@@ -132,6 +139,7 @@ def main() -> None:
             options.add_argument("--format", required=True, choices=FORMATS)
         if command is mean:
             options.add_argument("--rank", type=int, help="only so many directions of each; all if not given")
+            options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
         options.add_argument("--alpha", "--lora-alpha", type=float, help="for a file that does not say it")
         needed = {"required": True} if command is merge else {"default": ""}
         options.add_argument("--backbone", help="folder of the checkpoint", **needed)

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from weights.formats import Adapter, Update
+from weights.formats import TOKENS, Adapter, Update
 
 
-def mean(adapters: Sequence[Adapter], rank: int | None = None) -> Adapter:
+def mean(adapters: Sequence[Adapter], rank: int | None = None, dtype: torch.dtype = torch.float32) -> Adapter:
     """Its ranks are the sum of theirs; `rank` keeps only so many directions of an update, the strongest.
 
     A layer that one of them lacks counts as zero there. ValueError, with the file, for adapters that are not
@@ -21,12 +21,13 @@ def mean(adapters: Sequence[Adapter], rank: int | None = None) -> Adapter:
     """
     if rank is not None and rank < 1:
         raise ValueError(f"--rank {rank}: give 1 or more")
-    first, *others = (adapter.known for adapter in adapters)
-    for other in others:
-        for field in ("family", "notes"):
-            if getattr(other, field) != getattr(first, field):
-                raise ValueError(f"{other.path}: another {field} than {first.path}; their mean is of no use")
-    updates = {}
+    first, notes, updates = adapters[0].known, {}, {}
+    for adapter in adapters:
+        if adapter.known.family != first.family:
+            raise ValueError(f"{adapter.path}: is of another backbone than {first.path}")
+        for name, note in ({TOKENS: "all"} | adapter.notes).items():
+            if notes.setdefault(name, note) != note:
+                raise ValueError(f"{adapter.path}: has {name} {note}, others {notes[name]}: no mean of these")
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter.updates):
         parts = [(adapter, adapter.updates[layer]) for adapter in adapters if layer in adapter.updates]
         (_, like), *_ = parts
@@ -36,8 +37,8 @@ def mean(adapters: Sequence[Adapter], rank: int | None = None) -> Adapter:
         A = torch.cat([part.A.float() for _, part in parts])
         B = torch.cat([part.scale / len(adapters) * part.B.float() for _, part in parts], 1)
         A, B = (A, B) if rank is None or rank >= len(A) else strongest(A, B, rank)
-        updates[layer] = Update(A, B, float(len(A)))
-    return replace(first, updates=updates)
+        updates[layer] = Update(A.to(dtype), B.to(dtype), float(len(A)))
+    return replace(first, updates=updates, notes=notes)
 
 
 def strongest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
