@@ -233,7 +233,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(monkeypatch, tiny, tmp_
         ({"--pairs": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"--clips": MEDIA / "pairs"}, ValueError, "file_name is missing.*a row of pairs"),
         ({"--pairs": MEDIA / "clips" / "metadata.jsonl"}, FileNotFoundError, "is a file; name the folder"),
-        ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands there"),
+        ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands in the way"),
         ({"--cache-frames": 4}, ValueError, "--cache"),
         ({"--targets": "attn.x"}, ValueError, "attn.x"),
         ({"--resume": ""}, FileNotFoundError, "no save to resume"),
@@ -309,8 +309,8 @@ def test_sample_refuses_bad_input_before_loading(monkeypatch, tiny, tmp_path):
             ValueError,
             "is a file; give words, or --manifest",
         ),
-        ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands there"),
-        ({"--out": MEDIA / "ATTRIBUTION.md" / "films"}, FileExistsError, "films: a file stands there"),
+        ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands in the way"),
+        ({"--out": MEDIA / "ATTRIBUTION.md" / "films"}, FileExistsError, "films: a file stands in the way"),
     ):
         with pytest.raises(error, match=match):
             run(monkeypatch, sample, base | change)

@@ -23,7 +23,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"{path}: a file stands there; name another folder") from error
+        raise FileExistsError(f"{path}: a file stands in the way; name another folder") from error
     except OSError as error:
         raise unwritable(path, error) from error
     if not os.access(path, os.W_OK):

@@ -137,7 +137,7 @@ def without_numbers(device: str) -> Iterator[str]:
             yield "cpu"
         return
     with ClaimGPU():
-        if not use_triton(torch.empty(0, device="meta")):
+        if not use_triton(torch.empty(1, device="meta")):
             raise ValueError("--plan counts a GPU's Triton kernels: install triton and unset SDV_KERNELS")
         yield "meta"
 
