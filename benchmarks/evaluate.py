@@ -38,7 +38,7 @@ from benchmarks.evaluation.scores import MEASURES, Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from microworld import movement
-from sdv.data.files import Hashes, digest, write_whole
+from sdv.data.files import Hashes, digest, make_folder, write_whole
 from sdv.run.settings import DEVICE, check_device, run
 
 CODE = [Path(inspect.getfile(of)) for of in (film_scores, ClipJudge, movement.speed)]  # of the measures
@@ -107,7 +107,7 @@ class Scores:
     """scores.jsonl: the measures of every film so far, each under a name made of all that they depend on."""
 
     def __init__(self, out: Path, networks: dict[str, list[Path | None]], frames: int, films: Sequence[Film]):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         self.file, self.hashes = out / "scores.jsonl", Hashes(out / "hashes.json")
         files = {name: [file for file in found if file] for name, found in networks.items()}
         self.hashes.learn({*chain(*files.values()), *chain.from_iterable(film[:2] for film in films)})

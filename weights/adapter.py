@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from sdv.data.files import write_whole
+from sdv.data.sizes import require_least
 from sdv.lora import merge as merge_lora
 from sdv.lora import require_mergeable
 from sdv.models.layers import is_finite
@@ -68,6 +69,8 @@ def mean(
         raise ValueError(f"{target}: name two adapters or more, and after them the file to write")
     if target.resolve() in {path.resolve() for path in source}:
         raise ValueError(f"{target}: is one of the adapters; name another file to write")
+    if rank is not None:
+        require_least("rank", rank, 1)
     adapters = [_read(path, None, backbone) for path in source]
     adapters = [known if known.alpha_from else _read(known.path, alpha, backbone) for known in adapters]
     for adapter in adapters:

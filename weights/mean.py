@@ -19,8 +19,6 @@ def mean(adapters: Sequence[Adapter], rank: int | None = None, dtype: torch.dtyp
     A layer that one of them lacks counts as zero there. ValueError, with the file, for adapters that are not
     of one backbone, or do not agree on what the LoRA acts on and where the reference sits.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"--rank {rank}: give 1 or more")
     first, notes, updates = adapters[0].known, {}, {}
     for adapter in adapters:
         if adapter.known.family != first.family:
