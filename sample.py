@@ -98,7 +98,8 @@ def generate(
     """
     dit, schedule = backbone.dit, backbone.schedule
     rngs = [generator(seed) for seed in seeds]
-    noise = normal((len(rngs), *latent_shape(backbone.layout, cfg)), rngs).to(cfg.device)
+    shape = backbone.layout.latent_shape(cfg.frames, cfg.height, cfg.width)
+    noise = normal((len(rngs), *shape), rngs).to(cfg.device)
     texts, negatives = texts.to(dit.dtype), negative.expand_as(texts).to(dit.dtype)
     refs = None if refs is None else refs.to(dit.dtype)
     no_tokens = torch.empty(0, dtype=torch.long)  # of the reference stay, as dropout leaves them
@@ -122,13 +123,6 @@ def generate(
     sampler = schedule.samplers[cfg.sampler or schedule.default_sampler]
     latents = sampler(schedule, denoise, noise, cfg.steps, rngs).to(dit.dtype)  # (B, C, T', H', W')
     return torch.cat([backbone.vae.decode(one[None]).float().cpu() for one in latents])
-
-
-def latent_shape(layout: weights.Layout, cfg: Config) -> tuple[int, int, int, int]:
-    """(C, T', H', W') of a video of the asked size."""
-    frames = (cfg.frames - 1) // layout.temporal_ratio + 1
-    size = cfg.height // layout.spatial_ratio, cfg.width // layout.spatial_ratio
-    return layout.channels, frames, *size
 
 
 def with_defaults(cfg: Config, layout: weights.Layout) -> Config:

@@ -389,9 +389,8 @@ def test_adaln_theorems():
     zero = torch.zeros_like(gate)
     plain = torch.nn.functional.layer_norm(x, (64,), weight, bias, 1e-5)
     assert rel(kernels.adaln(x, zero, zero, weight, bias), plain) < 1e-6  # no modulation: LayerNorm
-    assert (
-        rel(kernels.adaln(3 * x + 1, zero, zero), kernels.adaln(x, zero, zero)) < 1e-4
-    )  # sees neither 3 nor 1
+    scaled = kernels.adaln(3 * x + 1, zero, zero)
+    assert rel(scaled, kernels.adaln(x, zero, zero)) < 1e-4  # sees neither 3 nor 1
     assert torch.equal(kernels.gated_residual(x, y, zero), x)  # a closed gate
     h, out = kernels.gated_residual_adaln(x, y, gate, gate, gate)
     assert torch.equal(h, kernels.gated_residual(x, y, gate))

@@ -24,7 +24,6 @@ import json
 import os
 import runpy
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from benchmarks.evaluation.scores import MEASURES, Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from microworld import movement
-from sdv.data.files import Hashes, digest, make_folder, write_whole
+from sdv.data.files import Hashes, digest, make_folder, write_text
 from sdv.run.settings import DEVICE, check_device, run
 
 CODE = [Path(inspect.getfile(of)) for of in (film_scores, ClipJudge, movement.speed)]  # of the measures
@@ -215,7 +214,7 @@ def main() -> None:
     # 3. The table.
     text = table.markdown([*rows, *table.paper_rows()], notes(judges, films, rows[0].cells) + more)
     for name, content in (("table.md", text), ("table.csv", table.as_csv(rows))):
-        write_whole(scores.file.with_name(name), partial(Path.write_text, data=content, encoding="utf-8"))
+        write_text(scores.file.with_name(name), content)
     print(text)
 
 

@@ -77,11 +77,11 @@ class Model:
 
     def inputs(self, task: Task, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, C, T, H, W), a reference, a text."""
-        frames = 1 if task == "identity" else (self.step.frames - 1) // self.layout.temporal_ratio + 1
-        sides = [side // self.layout.spatial_ratio for side in (self.step.height, self.step.width)]
+        lengths = 1 if task == "identity" else self.step.frames, 1
+        sides = self.step.height, self.step.width
+        sizes = [self.layout.latent_shape(frames, *sides) for frames in lengths]
         with torch.device("meta"):
             text_dim = self.layout.parts["dit"].build().cfg.text_dim
-        sizes = [(self.layout.channels, frames, *sides), (self.layout.channels, 1, *sides)]
         sizes.append((self.layout.text_tokens, text_dim))
         return tuple(torch.randn(batch, *size).to(self.step.device, DTYPE) for size in sizes)
 

@@ -59,9 +59,7 @@ def open_model(
     if layers:
         configs["transformer/config.json"]["num_layers"] = layers
     if not small:
-        configs.pop(
-            "tokenizer/tokenizer_config.json", None
-        )  # which has the prompts of the small one's length
+        configs.pop("tokenizer/tokenizer_config.json", None)  # it has the small one's length of prompts
     for file, content in configs.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(content))
@@ -138,9 +136,7 @@ class Stock(nn.Module):
                 rope = self.rope(*frames.shape[2:])
                 out = self.net(frames.transpose(1, 2), text, t, image_rotary_emb=rope, return_dict=False)[0]
                 return out.transpose(1, 2)[:, :, first:]
-            if (
-                ref is not None
-            ):  # as in Wan's own image-to-video: every token has its time, the picture's is 0
+            if ref is not None:  # as in Wan's image-to-video: every token has its time, the picture's is 0
                 one = frames.shape[3] * frames.shape[4] // 4  # tokens of a frame
                 t = torch.cat([t.new_zeros(len(t), one), t[:, None].expand(-1, one * video.shape[2])], dim=1)
             return self.net(frames, t, text, return_dict=False)[0][:, :, first:]

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from microworld import studio
 from sdv.data.media import write_image, write_video
-from sdv.run import report as diagnostics_report
+from sdv.run import report
+from sdv.run.log import read_log
 
 FPS = 8
 SHOWN = {  # what the table shows of microworld.metrics: what it is called, and what a good video has
@@ -73,7 +73,7 @@ def loss_picture(run_folder: Path) -> str:
     """Both tasks' losses over the steps, with a running mean, as a data address."""
     import matplotlib.figure
 
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_log(run_folder, "metrics")
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     for task, colour in (("identity", "#e08e0b"), ("motion", "#2670b5")):
@@ -98,7 +98,7 @@ def page(
     """The whole page. films and scores have one entry a column; training is the fresh adapter's run."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in films)
     rows = "".join(film_row(case, list(clips)) for case, *clips in zip(of, *films.values(), strict=True))
-    probes = [(diagnostics_report.name_of(training), diagnostics_report.read(training))]
+    probes = [(report.name_of(training), report.read(training))]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>sdv: one picture in, a video of that subject out</title>
@@ -121,7 +121,7 @@ is made.</p>
 <h2>Training of the fresh adapter</h2>
 <p>Each step is one task, motion with probability 0.2.</p>
 <img alt="loss of both tasks" style="max-width:100%" src="{loss_picture(training)}">
-{diagnostics_report.section(probes, diagnostics_report.draw(probes))}
+{report.section(probes, report.draw(probes))}
 <p class="note">{made}</p>
 </html>
 """

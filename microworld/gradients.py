@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from microworld import studio
-from sdv.run import report as diagnostics_report
+from sdv.run import report
+from sdv.run.report import COSINES
 from sdv.run.settings import Count, CountOrNone, Seed, parse, run
 
 HERE = studio.ROOT / "benchmarks/gradients"
@@ -24,7 +25,6 @@ RUNS: dict[str, dict[str, object]] = {
     "PCGrad buffer 4": {"pcgrad": "buffer-4"},
     "PCGrad buffer 8": {"pcgrad": "buffer-8"},
 }
-COLUMNS = ("cross", "identity", "motion", "corrected")
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,21 @@ def thin(rows: list[dict], drawn: bool) -> list[dict]:
 
 def means(folder: Path, settled: int) -> dict[str, float]:
     """Each cosine's mean over the probes of one run; a probe where it is undefined does not count."""
-    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for row in diagnostics_report.read(folder):
+    found: dict[str, list[float]] = {name: [] for name in COSINES}
+    for row in report.read(folder):
         if row["step"] >= settled:
             whole = row["whole"]["all"]
-            for name in COLUMNS:
+            for name in COSINES:
                 found[name] += [whole[name][0]] if whole[name][0] is not None else []
     return {name: statistics.mean(values) for name, values in found.items() if values}
 
 
 def table(settled: int) -> str:
-    lines = [f"| run | seeds | {' | '.join(COLUMNS)} |", "|---|---:|" + "---:|" * len(COLUMNS)]
+    lines = [f"| run | seeds | {' | '.join(COSINES)} |", "|---|---:|" + "---:|" * len(COSINES)]
     for name in RUNS:
         runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{studio.slug(name)}-*"))]
         if runs:
-            cells = [studio.cell([one[column] for one in runs if column in one], 3) for column in COLUMNS]
+            cells = [studio.cell([one[column] for one in runs if column in one], 3) for column in COSINES]
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -99,15 +99,15 @@ def main() -> None:
                 continue
             folder = out / kept.name
             studio.train(folder, data, cfg.steps, seed=seed, **probe, **RUNS[name])
-            probes = map(json.dumps, thin(diagnostics_report.read(folder), seed == cfg.seeds[0]))
+            probes = map(json.dumps, thin(report.read(folder), seed == cfg.seeds[0]))
             kept.mkdir(parents=True)  # now that there is something to keep
             shutil.copyfile(folder / "config.json", kept / "config.json")
             (kept / "probes.jsonl").write_text("".join(f"{line}\n" for line in probes))
             (HERE / "table.md").write_text(table(cfg.settled))
-            print(diagnostics_report.cost(folder))
+            print(report.cost(folder))
     drawn = [HERE / f"{studio.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
-    runs = [(diagnostics_report.name_of(one), diagnostics_report.read(one)) for one in drawn]
-    (HERE / "probes.png").write_bytes(diagnostics_report.draw(runs))
+    runs = [(report.name_of(one), report.read(one)) for one in drawn]
+    (HERE / "probes.png").write_bytes(report.draw(runs))
     print(table(cfg.settled))
 
 

@@ -17,27 +17,22 @@ from microworld.movement import DYNAMIC, duplicates, flicker, paste, shrink, smo
 from microworld.sprites import COLOURS, WHITE, Pose, Subject, layer
 from microworld.world import BACKGROUNDS, Scene, background, lookalikes
 
+FPS = 8  # of every clip
 RINGS, ANGLES = 14, 72  # the polar grid of a look
 RIM = 1.75  # its outer radius, over the radius of the disc of equal area
 RADIUS = ((torch.arange(RINGS) + 0.5) / RINGS)[:, None]  # also the area that a sample stands for
 PALETTE = torch.tensor([*COLOURS.values(), WHITE]) / 255
 
 
-def judge(
-    clip: Tensor,
-    truth: Scene,
-    gallery: list[Subject] | None = None,
-    ref: Tensor | None = None,
-    fps: float = 8,
-) -> dict[str, float | str | None]:
+def judge(clip: Tensor, truth: Scene, ref: Tensor) -> dict[str, float | str | None]:
     """One row of numbers for a clip that should show truth; ref (3, H, W) is the picture it was made from.
 
-    gallery: who else it could be; left out, 99 others of the species, so that the caption alone gives 1 %.
+    The subject is sought among 99 others of its species, so that the caption alone gives 1 %.
     """
     seen = track(clip)
-    who = identity(seen, truth.subject, gallery or lookalikes(truth.subject))
-    moves, pace = motion_class(seen), speed(clip, fps)
-    row = {
+    who = identity(seen, truth.subject, lookalikes(truth.subject))
+    moves, pace = motion_class(seen), speed(clip, FPS)
+    return {
         "top1": float(who.rank == 1),
         "top5": float(who.rank <= 5),
         "margin": who.margin,
@@ -53,20 +48,12 @@ def judge(
         "duplicates": duplicates(clip),
         "seen background": seen.place,
         "background": float(seen.place == truth.background),
-    }
-    return row if ref is None else row | _copying(clip, seen, truth, ref)
+    } | _copying(clip, seen, truth, ref)
 
 
-def evaluate(
-    clips: list[Tensor],
-    truths: list[Scene],
-    gallery: list[Subject] | None = None,
-    refs: list[Tensor] | None = None,
-    fps: float = 8,
-) -> dict:
+def evaluate(clips: list[Tensor], truths: list[Scene], refs: list[Tensor]) -> dict:
     """{"mean": the mean of every number, "rows": a row of `judge` for each clip}."""
-    each = zip(clips, truths, refs or [None] * len(clips), strict=True)
-    rows = [judge(clip, truth, gallery, ref, fps) for clip, truth, ref in each]
+    rows = [judge(clip, truth, ref) for clip, truth, ref in zip(clips, truths, refs, strict=True)]
     names = [name for name in rows[0] if not name.startswith("seen")]
     return {"mean": {name: float(np.mean([row[name] for row in rows])) for name in names}, "rows": rows}
 

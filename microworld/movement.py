@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 64
-REST = (
-    0.012  # how much better a block must match elsewhere to count as moved: noise of 0.05 wins that by chance
-)
+# How much better a block must match elsewhere to count as moved: noise of 0.05 wins that by chance.
+REST = 0.012
 DYNAMIC = 0.04  # sides per second: a clip whose speed is above this moves
 SAME = 0.005  # root mean square difference below which two frames are one
 

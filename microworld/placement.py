@@ -16,6 +16,8 @@ from typing import Literal
 import weights
 from microworld import studio
 from sdv.models.wan_dit import WanDiT
+from sdv.objectives import TASKS
+from sdv.run.log import read_log
 from sdv.run.settings import Count, Seed, parse, run
 
 FILE = studio.ROOT / "benchmarks/placement.csv"
@@ -37,11 +39,9 @@ class Config:
 
 def losses(folder: Path, after: int) -> dict[str, float]:
     """Each task's mean training loss after a step."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    late = [row for row in rows if row["step"] >= after]
+    late = [row for row in read_log(folder, "metrics") if row["step"] >= after]
     return {
-        f"{task} loss": statistics.mean(row["loss"] for row in late if row["task"] == task)
-        for task in ("identity", "motion")
+        f"{task} loss": statistics.mean(row["loss"] for row in late if row["task"] == task) for task in TASKS
     }
 
 

@@ -34,6 +34,7 @@ from sdv.data.media import from_uint8, write_image
 from sdv.models import cogvideox_vae, wan_vae
 from sdv.models.causal_conv import CausalConv
 from sdv.models.cogvideox_dit import CogVideoXDiT
+from sdv.models.video_vae import VideoVAE
 from sdv.run import settings
 from sdv.run.settings import Count, CountOrNone
 from sdv.seeds import generator
@@ -50,9 +51,7 @@ class Config:
     """how the base is made"""
 
     stage: str  # new, vae, whiten, latents, dit or score
-    steps: CountOrNone = (
-        0  # of the stage, on which the rate's fall depends; of score, its prompts (0: the recipe's)
-    )
+    steps: CountOrNone = 0  # of the stage; of score, its prompts (0: the recipe's)
     batch: CountOrNone = 0  # frames of a step of vae and whiten, clips of one of dit (0: the recipe's)
     clips: Count = 30_000  # drawn for stage dit; the VAE sees single frames of them
     pictures: Count = 48_000  # drawn beside them
@@ -76,7 +75,6 @@ BATCH = {"vae": 8, "whiten": 256, "dit": 64}
 PICTURES_A_CLIP = 6  # in a step of pictures, which costs about what one of clips does
 LATER = 1_000_000  # pictures are of scenes from this one on, so that they show others than the clips do
 BLOCKS = cogvideox_vae.Block, wan_vae.Block
-VAE = cogvideox_vae.CogVideoXVAE | wan_vae.WanVAE
 
 
 def home(cfg: Config) -> Path:
@@ -164,11 +162,11 @@ def pixels(frames: np.ndarray, device: str) -> Tensor:
 # ── Stages vae and whiten: frames of the world, one at a time ───────────────────────────────────────────
 
 
-def causal_convs(vae: VAE) -> list[CausalConv]:
+def causal_convs(vae: VideoVAE) -> list[CausalConv]:
     return [module for module in vae.modules() if isinstance(module, CausalConv)]
 
 
-def learn_newest_taps(vae: VAE) -> None:
+def learn_newest_taps(vae: VideoVAE) -> None:
     """Leave a convolution's other two taps at zero, where prepare puts them, by giving them no gradient.
 
     The finished VAE codes every frame of a clip by itself. Called when the parameters have their type.
@@ -182,7 +180,7 @@ def learn_newest_taps(vae: VAE) -> None:
 @torch.no_grad()
 def prepare(module: nn.Module) -> None:
     """A start that learns fast, of a random network: what it adds to its input is nothing yet."""
-    if isinstance(module, VAE):
+    if isinstance(module, VideoVAE):
         for conv in causal_convs(module):
             conv.weight *= 3**0.5  # filters of one frame: a third of the inputs is left
             conv.weight[:, :, :2] = 0
@@ -295,7 +293,7 @@ def show(path: Path, clips: Tensor, scale: int = 3) -> None:
 
 @torch.no_grad()
 def make_latents(cfg: Config) -> None:
-    def load_vae() -> VAE:
+    def load_vae() -> VideoVAE:
         return load_backbone(home(cfg), cfg.device, torch.bfloat16, ("vae",)).vae
 
     for kind, frames in world_frames(cfg).items():

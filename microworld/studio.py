@@ -87,12 +87,12 @@ class Case(NamedTuple):
     truth: world.Scene
 
 
-def cases(count: int, on_white: bool = True) -> list[Case]:
-    """Four prompts for each held-out subject; its picture on white, as the paper has it, or in a scene."""
+def cases(count: int) -> list[Case]:
+    """Four prompts for each held-out subject, and its picture on white, as the paper has it."""
     layout, found = weights.open_backbone(TOY), []
     for i in range(-(-count // world.PROMPTS_PER_SUBJECT)):
         portrait, wanted = world.heldout(i, layout.frames)
-        picture = world.render(portrait, world.SCALE * layout.height, "white" if on_white else None)[0]
+        picture = world.render(portrait, world.SCALE * layout.height, "white")[0]
         ref = fit(torch.from_numpy(picture).movedim(-1, 0), layout.height, layout.width)
         found += [Case(ref, truth) for truth in wanted]
     return found[:count]
@@ -174,4 +174,4 @@ def cell(values: list[float], digits: int) -> str:
 
 def judge(clips: list[Tensor], of: list[Case]) -> dict:
     """microworld.metrics.evaluate of clips that were made of these cases."""
-    return metrics.evaluate(clips, [case.truth for case in of], refs=[case.ref for case in of])
+    return metrics.evaluate(clips, [case.truth for case in of], [case.ref for case in of])

@@ -127,7 +127,7 @@ class Scene(NamedTuple):
     subject: Subject
     motion: str | None  # None: a picture
     background: str
-    pose: Pose | None  # arrays over T; None if only the prompt is known
+    pose: Pose  # arrays over T
     prompt: str
 
 
@@ -216,9 +216,9 @@ def scene(i: int, frames: int = 17, split: str = "base", seed: int = 0) -> Scene
     return Scene(who, motion, place, path(motion, frames, reach(who), rng), prompt)
 
 
-def pair(i: int, seed: int = 0, split: str = "pairs") -> tuple[Scene, Scene]:
+def pair(i: int, seed: int = 0) -> tuple[Scene, Scene]:
     """The i-th (reference, target) of one subject in two scenes; every fourth reference is on white."""
-    rng, who = _rng(split, i, seed), split_subject(split, i, seed)
+    rng, who = _rng("pairs", i, seed), split_subject("pairs", i, seed)
     first, second = (str(name) for name in rng.choice(list(BACKGROUNDS), 2, replace=False))
     first = "white" if rng.random() < 0.25 and second != "white" else first
     pictures = [(place, path(None, 1, reach(who), rng)) for place in (first, second)]
@@ -238,11 +238,6 @@ def heldout(i: int, frames: int = 17, seed: int = 0) -> tuple[Scene, list[Scene]
     return reference, wanted
 
 
-def asked(row: dict) -> Scene:
-    """What a row of heldout/prompts.jsonl asks for."""
-    return Scene(subject(row["subject"]), row["motion"], row["background"], None, row["prompt"])
-
-
 def render(truth: Scene, size: int = 64, place: str | None = None) -> np.ndarray:
     """Frames (T, size, size, 3) uint8 of a scene, or of the same poses at another place."""
     ground = background(place or truth.background, size)
@@ -252,22 +247,14 @@ def render(truth: Scene, size: int = 64, place: str | None = None) -> np.ndarray
     return draw(truth.subject, truth.pose, ground)
 
 
-def clip(
-    i: int, size: int = 64, frames: int = 17, split: str = "base", seed: int = 0
-) -> tuple[np.ndarray, str, Scene]:
-    """The i-th clip in memory: frames (T, size, size, 3) uint8, its prompt and its truth."""
-    truth = scene(i, frames, split, seed)
-    return render(truth, size), truth.prompt, truth
-
-
 def to_clip(frames: np.ndarray) -> torch.Tensor:
     """uint8 frames (T, H, W, 3) -> a clip (3, T, H, W) in [-1, 1]."""
     return from_uint8(torch.from_numpy(frames).permute(3, 0, 1, 2))
 
 
-def lookalikes(who: Subject, count: int = 99) -> list[Subject]:
-    """Other held-out subjects of the same species: among them the prompt's noun gives nothing away."""
-    return [other for other in _heldout_of(who.species) if other != who][:count]
+def lookalikes(who: Subject) -> list[Subject]:
+    """99 other held-out subjects of the same species: among them the prompt's noun gives nothing away."""
+    return [other for other in _heldout_of(who.species) if other != who][:99]
 
 
 @lru_cache(len(SPECIES))

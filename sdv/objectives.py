@@ -1,11 +1,12 @@
 """What is denoised, what is looked at, and the one loss that both tasks minimise (paper sec. 3.2-3.5)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sdv.schedule import Schedule
 from sdv.seeds import generator, normal
 
 TASKS = ("identity", "motion")
@@ -34,14 +35,6 @@ class Losses(NamedTuple):
     value: Tensor  # ()    what is minimised
     each: Tensor  # (B,)   per sample, detached
     t: Tensor  # (B,)      the time each sample was noised to
-
-
-class Schedule(Protocol):
-    """What the loss needs of a noise process; see sdv.schedule."""
-
-    def draw(self, batch: int, rng: torch.Generator) -> Tensor: ...
-    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
-    def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
 
 def denoising_loss(dit: nn.Module, schedule: Schedule, pair: Pair, draws: Draws) -> Losses:
@@ -105,6 +98,4 @@ def keep_tokens(count: int, mode: str, p: float, rng: torch.Generator) -> Tensor
     u = torch.rand(count if mode == "tokens" else 1, generator=rng)
     if mode == "tokens":
         return (u >= p).nonzero()[:, 0]
-    if mode == "whole":
-        return torch.empty(0, dtype=torch.long) if u.item() < p else None
-    raise ValueError(f"image-token dropout {mode!r}; expected 'whole' or 'tokens'")
+    return torch.empty(0, dtype=torch.long) if u.item() < p else None

@@ -1,6 +1,6 @@
 """Noise processes and their samplers.
 
-A noise process has add_noise, target, to_x0, timesteps and draw, and lists its samplers. A sampler is a loop
+A noise process has draw, add_noise, target and timesteps, and lists its samplers. A sampler is a loop
 over denoise(x, t, i) -> pred: the caller's network, with its guidance, at time t of step i.
 """
 
@@ -117,16 +117,12 @@ class FlowMatching:
         return self.train_steps * _shifted(torch.rand(batch, generator=rng), self.train_shift)
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        s = self._share(x, t)
+        s = t.to(x.device).float().reshape(-1, *[1] * (x.ndim - 1)) / self.train_steps
         return ((1 - s) * x + s * noise).to(x.dtype)
 
     def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The flow, the same at every t."""
         return noise - x
-
-    def to_x0(self, x_t: Tensor, pred: Tensor, t: Tensor | float) -> Tensor:
-        """The clean x that a predicted flow implies."""
-        return (x_t - self._share(x_t, t) * pred).to(x_t.dtype)
 
     def sigmas(self, steps: int) -> Tensor:
         """The shares of noise between which a sampler steps: (steps + 1,) float64, from 1 down to 0."""
@@ -138,12 +134,8 @@ class FlowMatching:
         """Where a sampler of so many steps calls the network: (steps,) float64."""
         return self.train_steps * self.sigmas(steps)[:-1]
 
-    def _share(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """s in fp32, one per sample of x."""
-        return torch.as_tensor(t, device=x.device).float().reshape(-1, *[1] * (x.ndim - 1)) / self.train_steps
 
-
-NoiseProcess = VPrediction | FlowMatching
+Schedule = VPrediction | FlowMatching
 
 
 def _shifted(s: Tensor, shift: float) -> Tensor:
@@ -215,18 +207,18 @@ def unipc(
     called at whole timesteps, rounded down.
     """
     times = [int(t) for t in schedule.timesteps(steps).clamp(max=schedule.train_steps * (1 - 1e-6))]
-    # Log SNR of pure noise is infinite; how close to it the first step begins, fp32 says: as in diffusers
+    # lambda of pure noise is infinite; how close to it the first step begins, fp32 says: as in diffusers.
     sigmas = schedule.sigmas(steps).clamp(max=1 - 1e-6).float().double()
-    snr = -sigmas.logit()
+    lambdas = -sigmas.logit()  # log(alpha / sigma), as in dpm
 
     def step(x: Tensor, i: int, x0: Tensor, before: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x from sigma i to i + 1. x0 is the estimate at i, before at i - 1, after, to correct, at i + 1."""
-        h = snr[i + 1] - snr[i]
+        h = lambdas[i + 1] - lambdas[i]
         grow = torch.expm1(-h)
         first = (grow / -h - 1) / grow  # means of the bend and its square
         estimate, end = x0, 0.5
         if before is not None and i + 1 < steps:  # second order
-            r = (snr[i - 1] - snr[i]) / h
+            r = (lambdas[i - 1] - lambdas[i]) / h
             start = 0.5
             if after is not None:
                 second = 2 * ((grow / -h - 1) / -h - 0.5) / grow

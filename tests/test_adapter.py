@@ -137,7 +137,7 @@ def stock(family):
 
 
 def stock_deltas(model, family, adapter_name="default_0"):
-    names = formats.LAYERS[family]["diffusers"]
+    names = formats.LAYER_NAMES[family]["diffusers"]
     layers = {p: module for p, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     ours = (rename(f"{p.removeprefix('base_model.model.')}.weight", names) for p in layers)
     found = [module.get_delta_weight(adapter_name).detach() for module in layers.values()]
@@ -322,7 +322,7 @@ def test_diffusers_loads_a_merged_transformer(family, dtype, folders, tmp_path, 
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     merge_lora(dit)
-    table = formats.LAYERS[family]["diffusers"]
+    table = formats.LAYER_NAMES[family]["diffusers"]
     for name, tensor in merged.state_dict().items():
         wanted = dit.get_parameter(rename(name, table))
         assert torch.equal(tensor.to(dtype), wanted.to(dtype)), name

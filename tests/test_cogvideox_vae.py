@@ -81,7 +81,7 @@ def test_tiles_of_other_sizes_equal_diffusers(both, monkeypatch):
     monkeypatch.setattr(vae, "tiling", True)
     encoded, decoded = both_ways(stock, vae, random_clip(1, 5, 72, 56))  # the last tiles are slivers
     stock.disable_tiling()
-    vae.set_tiles(48, 80)
+    vae.set_tiles(48, 80, 1 / 6, 1 / 5)
     assert encoded <= 1e-5
     assert decoded <= 1e-5
 

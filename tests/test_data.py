@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from sdv.data import media
 from sdv.data.__main__ import main
 from sdv.data.loader import batches, locate
 from sdv.data.rows import Clips, Pairs
-from sdv.data.sizes import check_size, count_tokens
+from sdv.data.sizes import MODELS, check_size, count_tokens
 
 MEDIA = Path(__file__).parent / "media"
+COGVIDEOX = SimpleNamespace(**MODELS["CogVideoX-5b"])
 
 
 def write(folder: Path, *rows) -> Path:
@@ -76,24 +78,28 @@ def take(n: int, *args, **options) -> list[dict]:
 
 
 def test_tokens_are_the_papers():
-    assert count_tokens(480, 720) == (226, 1350, 1350)
-    assert count_tokens(480, 720).total == 2926
-    assert count_tokens(480, 720, 49).total == 19126
+    assert count_tokens(480, 720, 1, 226, COGVIDEOX) == (226, 1350, 1350)
+    assert count_tokens(480, 720, 1, 226, COGVIDEOX).total == 2926
+    assert count_tokens(480, 720, 49, 226, COGVIDEOX).total == 19126
 
 
 @pytest.mark.parametrize(
     "size, message",
     [
-        ((488, 720), "height 488 is not a multiple of 16 .*: use 480 or 496"),
-        ((480, 8), "width 8 is not a multiple of 16 .*: use 16 or 32"),
+        ((488, 720, 1), "height 488 is not a multiple of 16 .*: use 480 or 496"),
+        ((480, 8, 1), "width 8 is not a multiple of 16 .*: use 16 or 32"),
         ((480, 720, 50), "50 frames are not 4k [+] 1: use 49 or 53"),
         ((480, 720, 0), "0 frames are not 4k [+] 1: use 1 or 5"),
-        ((480, 720, 49, 16), "height|width"),
     ],
 )
 def test_sizes_that_do_not_fit_name_those_that_do(size, message):
     with pytest.raises(ValueError, match=message):
-        check_size(*size)
+        check_size(*size, COGVIDEOX)
+
+
+def test_another_models_sizes_are_its_own():
+    with pytest.raises(ValueError, match="width 720 is not a multiple of 32"):
+        check_size(480, 720, 49, SimpleNamespace(**MODELS["Wan2.2-TI2V-5B"]))
 
 
 # Items

@@ -15,7 +15,7 @@ from sdv.run import report as diagnostics_report
 @pytest.fixture
 def run_folder(tmp_path):
     rows = [{"step": i, "task": ("identity", "motion")[i % 2], "loss": 1 / (i + 1)} for i in range(40)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -42,7 +42,7 @@ def test_the_page_holds_everything_itself(run_folder, tmp_path, monkeypatch):
 def test_a_run_that_drew_one_task_only_has_a_picture(run_folder):
     pytest.importorskip("matplotlib")
     lines = [json.dumps({"step": i, "task": "identity", "loss": 0.5}) for i in range(2)]
-    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    (run_folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     assert demo_page.loss_picture(run_folder).startswith("data:image/png")
 
 
@@ -53,4 +53,3 @@ def test_real_renders_pass_and_grey_does_not():
     assert min(good[name] for name in ("top1", "motion", "background")) == 1.0
     assert max(bad[name] for name in ("top1", "motion", "background")) <= 0.25
     assert studio.cases(8)[5].ref.equal(of[5].ref)
-    assert not studio.cases(8, on_white=False)[5].ref.equal(of[5].ref)

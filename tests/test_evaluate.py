@@ -141,13 +141,20 @@ def test_a_film_is_set_beside_the_base_of_its_prompt_and_seed():
     assert found == [film("x", "dog", "runs", 0), film("y", "cat", "runs", 1), film("z", "cat", "sits", 0)]
 
 
+def test_a_manifest_is_read_as_sample_reads_it(one_film):
+    """White space around a prompt is not part of it."""
+    write_lines(one_film / "m.jsonl", {"prompt": " a fish\u200b ", "reference_file_name": "ref.png"})
+    (found,) = films.read_films(one_film, one_film / "m.jsonl")
+    assert found == films.Film(one_film / "a.mp4", one_film / "ref.png", "a fish", 0)
+
+
 # Refusals
 
 
 @pytest.fixture
 def one_film(tmp_path) -> Path:
     """A folder with a film, its reference and its line."""
-    frames = fit(torch.from_numpy(world.clip(0, 64, 9)[0]).movedim(-1, 1), 64, 64).transpose(0, 1)
+    frames = fit(torch.from_numpy(world.render(world.scene(0, 9))).movedim(-1, 1), 64, 64).transpose(0, 1)
     write_video(tmp_path / "films" / "a.mp4", frames, 8)
     write_image(tmp_path / "films" / "ref.png", frames[:, 0])
     write_line(tmp_path / "films")

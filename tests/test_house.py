@@ -1,6 +1,7 @@
 """The order of the house, so that it stays: who imports whom, how long a way is, what the docs say."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -107,8 +108,12 @@ def test_the_algorithm_comes_first():
     assert len(inspect.getsourcelines(train.main)[0]) <= 120
 
 
-@pytest.mark.parametrize("script", [train, sample])
+STUDIES = ("claims", "demo", "gradients", "placement", "pretrain", "strip", "world")
+
+
+@pytest.mark.parametrize("script", [train, sample, *(f"microworld.{name}" for name in STUDIES)], ids=str)
 def test_every_setting_is_explained(script):
+    script = importlib.import_module(script) if isinstance(script, str) else script
     for kind in script.Config.__mro__[:-1]:
         source = inspect.getsource(kind)
         for name in kind.__dict__.get("__annotations__", {}):

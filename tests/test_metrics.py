@@ -15,8 +15,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 @cache
 def real(i: int, size: int = 64, frames: int = 17) -> tuple[torch.Tensor, world.Scene]:
-    drawn, _, truth = world.clip(i, size, frames, "clips")
-    return world.to_clip(drawn), truth
+    truth = world.scene(i, frames, "clips")
+    return world.to_clip(world.render(truth, size)), truth
 
 
 @cache
@@ -32,7 +32,7 @@ def asked() -> list[tuple[torch.Tensor, world.Scene, torch.Tensor]]:
 
 def mean(change) -> dict[str, float]:
     clips = [change(clip, truth, ref) for clip, truth, ref in asked()]
-    return metrics.evaluate(clips, [row[1] for row in asked()], refs=[row[2] for row in asked()])["mean"]
+    return metrics.evaluate(clips, [row[1] for row in asked()], [row[2] for row in asked()])["mean"]
 
 
 def blur(clip: torch.Tensor, sigma: float) -> torch.Tensor:

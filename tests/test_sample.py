@@ -33,7 +33,7 @@ def test_text_to_video_equals_the_stock_pipeline_from_prompt_to_pixels(tiny, bac
 
     pipe = diffusers.CogVideoXPipeline.from_pretrained(tiny)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(sample.latent_shape(backbone.layout, cfg), generator=generator(3))[None]
+    noise = torch.randn(backbone.layout.latent_shape(9, 64, 96), generator=generator(3))[None]
     theirs = pipe(
         cfg.prompt[0], negative_prompt="", height=64, width=96, num_frames=9, num_inference_steps=4,
         guidance_scale=6.0, use_dynamic_cfg=dynamic, latents=noise.transpose(1, 2), output_type="pt",

@@ -65,7 +65,8 @@ def test_all_of_the_subject_stays_in_the_frame():
     edge = np.ones((64, 64), bool)
     edge[1:-1, 1:-1] = False
     for i in range(400):
-        frames, _, truth = world.clip(i, frames=9)
+        truth = world.scene(i, 9)
+        frames = world.render(truth)
         ground = world.background(truth.background, 64).astype(np.uint8)
         assert np.abs(frames[:, edge].astype(int) - ground[edge]).max() <= 1, (i, truth)
 
@@ -116,7 +117,7 @@ def test_a_clip_shows_the_same_path_at_any_length():
     long, short = (world.path("circle", n, 1.4, np.random.default_rng(1)) for n in (17, 9))
     np.testing.assert_allclose(long.x[::2], short.x)
     np.testing.assert_allclose(long.y[::2], short.y)
-    still = world.clip(next(i for i in range(99) if world.scene(i).motion == "still"))[0]
+    still = world.render(next(scene for scene in map(world.scene, range(99)) if scene.motion == "still"))
     assert (still == still[:1]).all()
     with pytest.raises(ValueError, match="choose one of left"):
         world.path("sideways", 9, 1.4, np.random.default_rng(1))
@@ -139,9 +140,10 @@ def test_files_are_ordinary_and_do_not_depend_on_the_processes(tmp_path):
 
     for i, row in enumerate(rows("clips/metadata.jsonl")):
         assert set(row) == {"file_name", "prompt"}
-        frames, prompt, _ = world.clip(i, 32, 9, "clips")
+        truth = world.scene(i, 9, "clips")
+        frames = torch.from_numpy(world.render(truth, 32)).permute(3, 0, 1, 2)
         read = read_clip(tmp_path / "one" / "clips" / row["file_name"], 9, 8, 32, 32)
-        assert row["prompt"] == prompt and psnr(read, torch.from_numpy(frames).permute(3, 0, 1, 2)) > 33
+        assert row["prompt"] == truth.prompt and psnr(read, frames) > 33
     for i, row in enumerate(rows("pairs/metadata.jsonl")):
         assert set(row) == {"reference_file_name", "target_file_name", "prompt"}
         read = read_image(tmp_path / "one" / "pairs" / row["target_file_name"])
@@ -149,7 +151,8 @@ def test_files_are_ordinary_and_do_not_depend_on_the_processes(tmp_path):
         assert torch.equal(read, drawn)
     wanted = [want for i in range(3) for want in world.heldout(i, 9)[1]]
     for row, want in zip(rows("heldout/prompts.jsonl"), wanted, strict=True):
-        assert world.asked(row) == want._replace(pose=None)
+        asked = row["subject"], row["motion"], row["background"], row["prompt"]
+        assert asked == (want.subject.index, want.motion, want.background, want.prompt)
         white = read_image(tmp_path / "one" / "heldout" / row["white_reference_file_name"])
         assert (white[:, :2] == 250).all()
 

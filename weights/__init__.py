@@ -4,7 +4,7 @@ backbone = load_backbone("CogVideoX-5b", "cuda", torch.bfloat16)     # dit, vae,
 load_adapter(backbone.dit, "adapter.safetensors")                    # says what it read, and its scale
 """
 
-from weights.adapters import load_adapter, save_adapter
+from weights.adapter_io import load_adapter, save_adapter
 from weights.backbone import (
     PARTS,
     Backbone,

@@ -17,20 +17,20 @@ from pathlib import Path
 
 import torch
 
-from sdv.data.files import write_whole
+from sdv.data.files import write_text
 from sdv.data.sizes import require_least
 from sdv.lora import merge as merge_lora
 from sdv.lora import require_mergeable
 from sdv.models.layers import is_finite
 from sdv.run.settings import run
-from weights.adapters import check_fit, load_adapter
+from weights.adapter_io import check_fit, load_adapter
 from weights.backbone import load_backbone, open_backbone
 from weights.formats import FORMATS, Adapter, label, read, write
 from weights.layout import Layout
-from weights.mean import mean as mean_of
+from weights.mean import mean_adapter
 from weights.tensors import Checkpoint, plan, read_json, save_module
 
-HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def convert(source: Path, target: Path, format: str, alpha: float | None, backbone: str) -> None:
@@ -75,7 +75,7 @@ def mean(
     adapters = [known if known.alpha_from else _read(known.path, alpha, backbone) for known in adapters]
     for adapter in adapters:
         print(f"{adapter.path}: {adapter.format}, {label(adapter.family)}, {adapter}")
-    both = mean_of(adapters, rank, getattr(torch, dtype))
+    both = mean_adapter(adapters, rank, getattr(torch, dtype))
     write(both, target, both.format)
     print(f"{target}: their mean, rank {max(update.rank for update in both.updates.values())}")
 
@@ -100,14 +100,14 @@ def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> Non
     merge_lora(dit)
     for ours, theirs in plan(dit, part.names, stored).items():
         parameter = dit.get_parameter(ours)
-        parameter.data = parameter.to(HALVES.get(stored.dtype(theirs), torch.float32))
+        parameter.data = parameter.to(HALF_DTYPES.get(stored.dtype(theirs), torch.float32))
         if not is_finite(parameter):
             raise ValueError(f"{source}: {ours} is not finite in {parameter.dtype} with this LoRA in it")
     save_module(dit, part.names, folder / part.file)
     config = read_json(layout.path / part.folder / "config.json")
     if dit.ref_position != place:  # the adapter has it elsewhere
         config["ref_position"] = dit.ref_position
-    write_whole(folder / "config.json", lambda to: to.write_text(json.dumps(config, indent=2) + "\n"))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     print(f"{folder}: the merged transformer, {stored.dtypes()}")
 
 

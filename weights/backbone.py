@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sdv.schedule import NoiseProcess
+from sdv.schedule import Schedule
 from weights import cogvideox, wan
 from weights.layout import Layout
 from weights.tensors import load_into, save_module, shards
@@ -26,7 +26,7 @@ class Backbone:
     text: nn.Module | None = None
 
     @property
-    def schedule(self) -> NoiseProcess:
+    def schedule(self) -> Schedule:
         return self.layout.schedule
 
 

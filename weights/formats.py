@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sdv.data.files import write_whole
+from sdv.data.files import parse_json, write_text
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.layers import is_finite
 from sdv.models.wan_dit import WanDiT
@@ -29,8 +29,8 @@ from weights.tensors import Names, read_json, rename, reverse, save_tensors
 METADATA = "lora_adapter_metadata"  # peft's settings as JSON, where diffusers looks for them
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Beside them, in every format, since no tool takes there what it does not know:
-PLACE = "ref_position"
-TOKENS = "lora_tokens"  # "all", or "ref": the reference's alone
+PLACE_NOTE = "ref_position"
+TOKENS_NOTE = "lora_tokens"  # "all", or "ref": the reference's alone
 
 LARGEST = torch.finfo(torch.float32).max
 STORED = (
@@ -47,7 +47,7 @@ class Format(NamedTuple):
 
     prefixes: tuple[str, ...]  # before the layer's name
     halves: tuple[tuple[str, str], ...]  # what A and B are called, after it
-    names: tuple[str, ...]  # whose names of layers: a column of LAYERS
+    names: tuple[str, ...]  # whose names of layers: a column of LAYER_NAMES
     alpha: Literal["metadata", "config", "key", "nowhere"]  # where it is written
     folded: bool = False  # written with alpha = rank, and the rest of the scale in B
     flat: bool = False  # the dots in a layer's name are underscores
@@ -121,7 +121,7 @@ COGVIDEOX_DIFFSYNTH: Names = {
     "proj_out": "proj_out",
 }
 Family = type[nn.Module]  # a backbone, known by the class of its transformer
-LAYERS: dict[Family, dict[str, Names]] = {
+LAYER_NAMES: dict[Family, dict[str, Names]] = {
     CogVideoXDiT: {
         "diffusers": cogvideox.DIT_NAMES,
         "native": COGVIDEOX_COMFYUI,
@@ -165,7 +165,7 @@ class Adapter:
     format: str
     family: Family
     updates: dict[str, Update]
-    notes: dict[str, str]  # of PLACE and TOKENS, what the file has
+    notes: dict[str, str]  # of PLACE_NOTE and TOKENS_NOTE, what the file has
     alpha_from: str  # "" if nothing says it
 
     @property
@@ -258,8 +258,8 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict]:
     else:
         where = f"{file}: {METADATA} in its metadata"
         try:
-            settings = dict(json.loads(metadata.get(METADATA, "{}")))
-        except (ValueError, TypeError, RecursionError) as error:
+            settings = dict(parse_json(metadata.get(METADATA, "{}")))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{where} is no JSON object ({error})") from error
     if any(field.startswith("transformer.") for field in settings):  # beside others' of the pipeline
         settings = {
@@ -268,7 +268,7 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict]:
             if field.startswith("transformer.")
         }
     check(where, settings)
-    return tensors, {name: metadata[name] for name in (PLACE, TOKENS) if name in metadata}, settings
+    return tensors, {name: metadata[name] for name in (PLACE_NOTE, TOKENS_NOTE) if name in metadata}, settings
 
 
 Place = tuple[str, str, str]  # our layer, theirs, and "A", "B" or "alpha"
@@ -281,13 +281,13 @@ def _recognise(
     if not keys:
         raise ValueError(f"{path}: no tensors in it")
     fits = []
-    for kind in LAYERS if family is None else (family,):
+    for kind in LAYER_NAMES if family is None else (family,):
         for name, format in FORMATS.items():
             places = {key: _place(key, format, kind) for key in keys}
             fits.append(([key for key, place in places.items() if place is None], name, kind, places))
     strange, name, kind, places = min(fits, key=lambda fit: len(fit[0]))
     if strange:
-        wanted = label(family) if family else " or ".join(map(label, LAYERS))
+        wanted = label(family) if family else " or ".join(map(label, LAYER_NAMES))
         reasons = ((key, why) for key in strange for what, why in REFUSED.items() if re.search(what, key))
         key, reason = next(reasons, (strange[0], ""))
         raise ValueError(
@@ -299,7 +299,8 @@ def _recognise(
             )
         )
     if len({kind for strange, _, kind, _ in fits if not strange}) > 1:
-        raise ValueError(f"{path}: its names fit {' and '.join(map(label, LAYERS))}; say --backbone FOLDER")
+        both = " and ".join(map(label, LAYER_NAMES))
+        raise ValueError(f"{path}: its names fit {both}; say --backbone FOLDER")
     return name, kind, places
 
 
@@ -321,7 +322,7 @@ def _pattern(format: Format) -> re.Pattern:
 @cache
 def _ours(theirs: str, format: Format, family: Family) -> str | None:
     for column in format.names:
-        names = LAYERS[family][column]
+        names = LAYER_NAMES[family][column]
         if format.flat:
             names = {theirs.replace(".", "_"): ours for theirs, ours in names.items()}
         try:
@@ -390,13 +391,14 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
     # Old settings must not meet new weights, whenever this is stopped: they would have another strength.
     save_tensors(path / PEFT_WEIGHTS, tensors, metadata, outdated=path / PEFT_CONFIG)
     text = json.dumps({"peft_type": "LORA", "bias": "none", **settings}, indent=2, sort_keys=True)
-    write_whole(path / PEFT_CONFIG, lambda file: file.write_text(text + "\n"))
+    write_text(path / PEFT_CONFIG, text + "\n")
 
 
 def _theirs(path: Path, ours: str, name: str, family: Family) -> str:
     format = FORMATS[name]
     try:
-        theirs = rename(f"{ours}.weight", reverse(LAYERS[family][format.names[0]])).removesuffix(".weight")
+        names = reverse(LAYER_NAMES[family][format.names[0]])
+        theirs = rename(f"{ours}.weight", names).removesuffix(".weight")
     except KeyError:
         raise ValueError(
             f"{path}: {name} has no place for the LoRA of {ours} in {label(family)}; choose another format, "

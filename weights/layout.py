@@ -12,7 +12,7 @@ from sdv.models.cogvideox_vae import CogVideoXVAEConfig
 from sdv.models.text import T5Config, Tokenizer
 from sdv.models.wan_dit import WanConfig
 from sdv.models.wan_vae import WanVAEConfig
-from sdv.schedule import NoiseProcess
+from sdv.schedule import Schedule
 from weights.tensors import Names, read_json
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Layout:
 
     path: Path
     parts: dict[str, Part]  # "dit", "vae", "text"
-    schedule: NoiseProcess
+    schedule: Schedule
     files: tuple[str, ...]  # configs and vocabulary, relative to path
     frames: int
     height: int
@@ -55,6 +55,11 @@ class Layout:
     channels: int  # of a latent
     patch: int  # latents per token, in each direction
     text_tokens: int
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T', H', W') of a video of so many frames and pixels."""
+        sides = height // self.spatial_ratio, width // self.spatial_ratio
+        return self.channels, 1 + (frames - 1) // self.temporal_ratio, *sides
 
 
 def read_config(file: Path, convert: Callable[[dict], T]) -> T:

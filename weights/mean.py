@@ -10,10 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from weights.formats import TOKENS, Adapter, Update
+from weights.formats import TOKENS_NOTE, Adapter, Update
 
 
-def mean(adapters: Sequence[Adapter], rank: int | None = None, dtype: torch.dtype = torch.float32) -> Adapter:
+def mean_adapter(
+    adapters: Sequence[Adapter], rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> Adapter:
     """Its ranks are the sum of theirs; `rank` keeps only so many directions of an update, the strongest.
 
     A layer that one of them lacks counts as zero there. ValueError, with the file, for adapters that are not
@@ -23,7 +25,7 @@ def mean(adapters: Sequence[Adapter], rank: int | None = None, dtype: torch.dtyp
     for adapter in adapters:
         if adapter.known.family != first.family:
             raise ValueError(f"{adapter.path}: is of another backbone than {first.path}")
-        for name, note in ({TOKENS: "all"} | adapter.notes).items():
+        for name, note in ({TOKENS_NOTE: "all"} | adapter.notes).items():
             if notes.setdefault(name, note) != note:
                 raise ValueError(f"{adapter.path}: has {name} {note}, others {notes[name]}: no mean of these")
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter.updates):

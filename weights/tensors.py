@@ -5,7 +5,6 @@ tensors that are known and not needed. A row may also name a single parameter, w
 differently. Whatever a table does not name is an error, never a guess.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sdv.data.files import save_safetensors, write_whole
+from sdv.data.files import parse_json, save_safetensors, write_whole
 from sdv.models.layers import is_finite, stays_float32
 
 Names = dict[str, str | None]
@@ -147,8 +146,8 @@ def read_json(path: Path, field: str | None = None) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a checkpoint in the diffusers layout has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting without end
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # not UTF-8, not JSON, a number or a nesting without end
         raise ValueError(f"{path}: broken JSON ({error})") from error
     if not isinstance(content, dict) or (field is not None and not isinstance(content.get(field), dict)):
         wanted = "" if field is None else f" with the object {field!r}"

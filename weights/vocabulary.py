@@ -4,12 +4,12 @@ Some checkpoints carry only the former. The two hold the same pieces and scores;
 protobuf that SentencePiece reads (sentencepiece_model.proto), so that one tokenizer serves both.
 """
 
-import json
 import struct
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from sdv.data.files import parse_json
 from sdv.models.text import EOS, PAD, UNK
 
 NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5  # kinds of pieces
@@ -43,8 +43,8 @@ def read_pieces(path: str | Path, unk: int = UNK) -> SentencePieceProcessor:
 def sentencepiece_model(path: Path) -> bytes:
     """The serialised model. ValueError for a tokenizer.json that no unigram model without rules gives."""
     try:
-        supported, serialised = _serialised(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        supported, serialised = _serialised(parse_json(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{path}: damaged, or not a tokenizer.json ({error!r}). Get it again.") from error
     if not supported:
         raise ValueError(f"{path}: supported is UMT5's kind, Unigram without normalization rules; {GET_IT}")

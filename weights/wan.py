@@ -93,11 +93,11 @@ DIT_NAMES_ORIGINAL: Names = {
 }
 
 # Ours, in a merged model's config: where the adapter had the reference. Other readers warn and go on.
-PLACE: Fields = {
+REF_POSITION: Fields = {
     "ref_position": Row(Choice({place: place for place in WanDiT.ref_positions}), "far", "ref_position")
 }
 WITH_IMAGE = "models with an image encoder take their picture another way"
-DIT_FIELDS: Fields = PLACE | {
+DIT_FIELDS: Fields = REF_POSITION | {
     "_class_name": fixed(
         "WanTransformer3DModel", "supported: 'WanTransformer3DModel', as Wan 2.2 TI2V-5B has"
     ),
@@ -117,7 +117,7 @@ DIT_FIELDS: Fields = PLACE | {
     "text_dim": Row(WIDTH, 4096, "text_dim"),
     "eps": Row(EPS, 1e-6, "norm_eps"),
 }
-ORIGINAL_DIT_FIELDS: Fields = PLACE | {
+ORIGINAL_DIT_FIELDS: Fields = REF_POSITION | {
     "model_type": fixed("ti2v", "supported: 'ti2v', Wan 2.2 TI2V-5B", default=None),
     "num_layers": Row(LAYERS, 32, "layers"),
     "num_heads": Row(HEADS, 16, "heads"),

@@ -4,7 +4,6 @@ A folder of films has films.jsonl, as sample.py writes it: lines {"file_name", "
 "reference_file_name", "seed"}, paths relative to the file that names them; the last two may be missing.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdv.data.media import from_uint8, inspect_clip, read_clip, read_image, resize
+from sdv.run.films import read_shots
 
 FEWEST = 3  # frames of which smoothness speaks
-FIELDS = 'write an object with "file_name" and "prompt" and, if you like, "reference_file_name" and "seed"'
 
 
 class Film(NamedTuple):
@@ -31,26 +30,9 @@ class Film(NamedTuple):
         return str(self.ref and self.ref.resolve()), self.prompt, self.seed
 
 
-def read_lines(file: Path) -> list[Film]:
-    """The films of a JSONL file; ValueError names the line that cannot be read."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; {FIELDS} a line")
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path, ref = (row.get(name) for name in ("file_name", "reference_file_name"))
-            path, ref = path and file.parent / path, ref and file.parent / ref
-            if not isinstance(row["prompt"], str):
-                raise TypeError("prompt is no text")
-            found.append(Film(path, ref, row["prompt"], int(row.get("seed") or 0)))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: {FIELDS} ({error!r})") from error
-    if not found:
-        raise ValueError(f"{file}: holds no lines; {FIELDS} a line")
-    return found
+def films_of(listed: Path) -> list[Film]:
+    """The films of a list; ValueError names the line that cannot be read."""
+    return [Film(shot.file, shot.ref, shot.prompt, shot.seed) for shot in read_shots(listed)]
 
 
 def read_films(folder: Path, manifest: Path | None = None) -> list[Film]:
@@ -60,9 +42,9 @@ def read_films(folder: Path, manifest: Path | None = None) -> list[Film]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of films")
-    wanted = read_lines(manifest or folder / "films.jsonl")
+    wanted = films_of(manifest or folder / "films.jsonl")
     if not all(film.path for film in wanted):
-        made = {film.asks: film.path for film in read_lines(folder / "films.jsonl")}
+        made = {film.asks: film.path for film in films_of(folder / "films.jsonl")}
         wanted = [film._replace(path=film.path or made.get(film.asks)) for film in wanted]
     lacking = [film for film in wanted if film.path is None or not film.path.is_file()]
     if lacking:

@@ -15,13 +15,12 @@ from pathlib import Path
 import weights
 from sdv.data import importers, media
 from sdv.data.captions import say_cut
-from sdv.data.rows import CLIP, ENDINGS, PAIR, Row, left_out, read_lines, scan_rows
+from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, left_out, read_lines, scan_rows
 from sdv.data.sheet import write_sheet
 from sdv.data.sizes import MODELS, count_tokens, require_least
 from sdv.run.settings import run
 
 LEAST = {"fps": 0.01, "text": 0, "spatial_ratio": 1, "temporal_ratio": 1, "patch": 1, "workers": 1}
-CLS = "<cls> "  # before the prompt of a pair, unless train.py is told otherwise
 
 
 def check(args: argparse.Namespace) -> int:
@@ -36,9 +35,8 @@ def check(args: argparse.Namespace) -> int:
             setattr(args, name, value)
     for name, least in LEAST.items():
         require_least(name, getattr(args, name), least)
-    grid = args.text, args.spatial_ratio, args.temporal_ratio, args.patch
     lengths = {"identity": 1, "motion": args.frames}
-    plan = {task: count_tokens(args.height, args.width, n, *grid) for task, n in lengths.items()}
+    plan = {task: count_tokens(args.height, args.width, n, args.text, args) for task, n in lengths.items()}
     fields = _kind(Path(args.folder))
     if tokens_of and fields == PAIR:
         length, limit = tokens_of

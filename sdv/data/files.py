@@ -49,6 +49,11 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """As write_whole, in UTF-8."""
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"), durable)
+
+
 def unwritable(path: Path, error: Exception) -> OSError:
     """A failed write as one error with the path and what to do."""
     hidden = re.search(r"os error (\d+)", str(error))  # safetensors says the system's number, torch chains it
@@ -146,6 +151,6 @@ class Hashes:
         # One just written could be written once more within the same tick of the clock.
         lasting = {key: entry for key, entry in self.known.items() if key not in self.fresh}
         try:
-            write_whole(self.memory, lambda path: path.write_text(json.dumps(lasting)))
+            write_text(self.memory, json.dumps(lasting))
         except OSError as error:  # only time is lost
             self.problem = str(error)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdv.data.files import make_folder, parse_json, unwritable, write_whole
+from sdv.data.files import make_folder, parse_json, unwritable, write_text
 from sdv.seeds import SUBSET, generator
 
 CHUNK = 32  # candidates of one source that a worker gets at once
@@ -192,6 +192,6 @@ def finish(out: Path, total: int, outcomes: Sequence[Outcome], kind: str) -> int
     if not rows:
         raise ValueError(f"{out}: nothing was kept; see the reasons above")
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(out / "metadata.jsonl", lambda path: path.write_text(text))
+    write_text(out / "metadata.jsonl", text)
     print(f"{len(rows)} {kind} in {out / 'metadata.jsonl'}")
     return 0

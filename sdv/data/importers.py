@@ -189,16 +189,12 @@ def _cut_composite(
         except ValueError as error:
             return Outcome(one.origin, (), "unreadable", str(error).removeprefix(f"{one.origin}: "))
         for name, view in zip(names, views, strict=True):
-            write_whole(out / name, partial(_write_bytes, encode_png(view)))
+            write_whole(out / name, partial(Path.write_bytes, data=encode_png(view)))
     rows = [
         {"reference_file_name": names[ref], "target_file_name": names[target], "prompt": one.captions[target]}
         for ref, target in directions
     ]
     return Outcome(one.origin, rows, content=content)
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def split(composite: torch.Tensor, margin: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from sdv.seeds import generator
 PAIR = ("reference_file_name", "target_file_name")
 CLIP = ("file_name",)
 KINDS = {"pairs": PAIR, "clips": CLIP}
+CLS = "<cls> "  # before the prompt of a pair, unless train.py is told otherwise
 # What clip.txt may stand beside.
 ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".3gp", ".mpg", ".mpeg"}
 ENDINGS |= {".ts", ".mts", ".m2ts"}
@@ -200,10 +201,8 @@ class Pairs(Rows):
     """
 
     def __init__(
-        self, folder: str | Path, height: int, width: int, cls_token: str = "<cls> ", jitter: float = 0.0
+        self, folder: str | Path, height: int, width: int, cls_token: str = CLS, jitter: float = 0.0
     ):
-        if jitter < 0:
-            raise ValueError(f"jitter {jitter}: use 0 or more")
         self.rows = read_rows(folder, PAIR)
         self.size, self.cls_token, self.jitter = (height, width), cls_token, jitter
 

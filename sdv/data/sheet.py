@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdv.data import media
-from sdv.data.files import write_whole
+from sdv.data.files import write_text
 from sdv.data.rows import Row
 
 SHOWN = 200  # rows on a page
@@ -62,7 +62,7 @@ def write_sheet(
         )
         parts.append(f"<figure>{pictures}<figcaption>{caption}</figcaption></figure>")
     page = PAGE.format(title="What the trainer sees", about=about, rows="\n".join(parts), high=HIGH)
-    write_whole(out, lambda to: to.write_text(page, encoding="utf-8"), durable=False)
+    write_text(out, page, durable=False)
 
 
 def _pictures(row: Row, size: tuple[int, int], frames: int, fps: float) -> Iterator[Tensor]:

@@ -32,39 +32,6 @@ def require_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"--{name.replace('_', '-')} {value}: use {least:g} or more")
 
 
-def check_size(
-    height: int, width: int, frames: int = 1, spatial_ratio: int = 8, temporal_ratio: int = 4, patch: int = 2
-) -> None:
-    """Raise ValueError unless the VAE and the patches divide the size, and frames = temporal_ratio k + 1."""
-    step = spatial_ratio * patch
-    for name, value in (("height", height), ("width", width)):
-        if value < step or value % step:
-            below = max(1, value // step) * step
-            raise ValueError(
-                f"{name} {value} is not a multiple of {step} (VAE {spatial_ratio} x patch {patch}): "
-                f"use {below} or {below + step}"
-            )
-    if frames < 1 or (frames - 1) % temporal_ratio:
-        below = max(0, (frames - 1) // temporal_ratio) * temporal_ratio + 1
-        above = below + temporal_ratio
-        raise ValueError(f"{frames} frames are not {temporal_ratio}k + 1: use {below} or {above}")
-
-
-def count_tokens(
-    height: int,
-    width: int,
-    frames: int = 1,
-    text: int = 226,
-    spatial_ratio: int = 8,
-    temporal_ratio: int = 4,
-    patch: int = 2,
-) -> Tokens:
-    """Tokens of one sample: text, one reference frame, and the latent frames of the video."""
-    check_size(height, width, frames, spatial_ratio, temporal_ratio, patch)
-    frame = (height // (spatial_ratio * patch)) * (width // (spatial_ratio * patch))
-    return Tokens(text, frame, frame * (1 + (frames - 1) // temporal_ratio))
-
-
 class Model(Protocol):
     """Of weights.Layout: the sizes that a backbone was trained at, and its ratios."""
 
@@ -77,9 +44,32 @@ class Model(Protocol):
     patch: int
 
 
+def check_size(height: int, width: int, frames: int, model: Model) -> None:
+    """Raise ValueError unless the VAE and the patches divide the size, and frames = temporal_ratio k + 1."""
+    step = model.spatial_ratio * model.patch
+    for name, value in (("height", height), ("width", width)):
+        if value < step or value % step:
+            below = max(1, value // step) * step
+            raise ValueError(
+                f"{name} {value} is not a multiple of {step} (VAE {model.spatial_ratio} x patch "
+                f"{model.patch}): use {below} or {below + step}"
+            )
+    ratio = model.temporal_ratio
+    if frames < 1 or (frames - 1) % ratio:
+        below = max(0, (frames - 1) // ratio) * ratio + 1
+        raise ValueError(f"{frames} frames are not {ratio}k + 1: use {below} or {below + ratio}")
+
+
+def count_tokens(height: int, width: int, frames: int, text: int, model: Model) -> Tokens:
+    """Tokens of one sample: text, one reference frame, and the latent frames of the video."""
+    check_size(height, width, frames, model)
+    frame = height * width // (model.spatial_ratio * model.patch) ** 2
+    return Tokens(text, frame, frame * (1 + (frames - 1) // model.temporal_ratio))
+
+
 def with_model_defaults(cfg: T, model: Model) -> T:
     """Settings with the model's own values where None was given. ValueError for sizes that it cannot take."""
     missing = [name for name, value in vars(cfg).items() if value is None and hasattr(model, name)]
     cfg = dataclasses.replace(cfg, **{name: getattr(model, name) for name in missing})
-    check_size(cfg.height, cfg.width, cfg.frames, model.spatial_ratio, model.temporal_ratio, model.patch)
+    check_size(cfg.height, cfg.width, cfg.frames, model)
     return cfg

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdv.models.causal_conv import CausalConv, Stream
 from sdv.models.fast_conv import bands
-from sdv.models.video_vae import Downsample, Pointwise, Upsample, cut, draw, in_tiles, latent_frames, tile
+from sdv.models.video_vae import Downsample, Pointwise, Upsample, VideoVAE, cut, in_tiles, latent_frames
 
 # Frames that are encoded together and share the statistics of their norms, and latent frames that are decoded
 # together. What remains of a clip joins its first chunk.
@@ -240,28 +240,10 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
-class CogVideoXVAE(nn.Module):
-    """Encodes clips to latents and decodes them, in the tiles of set_tiles if `tiling`."""
-
+class CogVideoXVAE(VideoVAE):
     def __init__(self, cfg: CogVideoXVAEConfig):
-        super().__init__()
-        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
-        self.tiling = False
-        self.set_tiles(cfg.height // 2, cfg.width // 2)
-
-    def set_tiles(
-        self, height: int, width: int, overlap_height: float = 1 / 6, overlap_width: float = 1 / 5
-    ) -> None:
-        """Size of the tiles in pixels, and the parts of them that are blended into the next."""
-        space = self.cfg.spatial_ratio
-        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
-
-    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
-
-        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
-        """
-        return self.scaled(draw(*self.posterior(clip), rng))
+        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
+        self.set_tiles(cfg.height // 2, cfg.width // 2, 1 / 6, 1 / 5)
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 import kernels  # noqa: F401  its operators have names below
 
 # What torch sees of an attention: the kernel here, or one of its own.
-ATTENTION = {
+ATTENTION_OPS = {
     torch.ops.sdv.attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -100,7 +100,7 @@ def visible_tokens(
 
 def self_attention_stays(_context, op, *args, **_options) -> CheckpointPolicy:
     """What a recomputed block does not compute again. Of attention to a short text the rest is dearer."""
-    stays = op in ATTENTION and args[0].shape == args[1].shape
+    stays = op in ATTENTION_OPS and args[0].shape == args[1].shape
     return CheckpointPolicy.MUST_SAVE if stays else CheckpointPolicy.PREFER_RECOMPUTE
 
 

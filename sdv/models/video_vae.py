@@ -1,4 +1,4 @@
-"""What both VAEs are built from: a sample of the posterior, chunks and tiles, layers that change the size."""
+"""What both VAEs are built from: their common interface, chunks and tiles, layers that change the size."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -25,8 +25,32 @@ def latent_frames(clip: Tensor, ratio: int, space: int) -> int:
     return (frames - 1) // ratio + 1
 
 
-def draw(mean: Tensor, logvar: Tensor, rng: torch.Generator | None) -> Tensor:
-    """A sample of the posterior; its mean without a generator."""
+class VideoVAE(nn.Module):
+    """Encodes clips to latents and decodes them, in the tiles of set_tiles if `tiling`.
+
+    A model adds posterior(clip), scaled(latents) and decode(latents).
+    """
+
+    def __init__(self, cfg: object, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.cfg, self.encoder, self.decoder = cfg, encoder, decoder
+        self.tiling = False
+
+    def set_tiles(self, height: int, width: int, overlap_height: float, overlap_width: float) -> None:
+        """Size of the tiles in pixels, and the parts of them that are blended into the next."""
+        space = self.cfg.spatial_ratio
+        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
+
+    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
+
+        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
+        """
+        return self.scaled(sample_posterior(*self.posterior(clip), rng))
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor, rng: torch.Generator | None) -> Tensor:
+    """Its mean without a generator."""
     if rng is None:
         return mean
     noise = torch.randn(mean.shape, generator=rng, device=rng.device, dtype=mean.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdv.models.causal_conv import CausalConv, Stream
 from sdv.models.fast_conv import conv2d
-from sdv.models.video_vae import Downsample, Pointwise, Upsample, cut, draw, in_tiles, latent_frames, tile
+from sdv.models.video_vae import Downsample, Pointwise, Upsample, VideoVAE, cut, in_tiles, latent_frames
 
 # Mean and deviation of each channel over the latents of Wan's training videos.
 MEAN = (
@@ -266,28 +266,12 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- the VAE
-class WanVAE(nn.Module):
-    """Encodes clips, as patches, to latents and decodes them, in the tiles of set_tiles if `tiling`."""
+class WanVAE(VideoVAE):
+    """Its networks see patches of cfg.patch x cfg.patch pixels."""
 
     def __init__(self, cfg: WanVAEConfig):
-        super().__init__()
-        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
-        self.tiling = False
-        self.set_tiles(256, 256)
-
-    def set_tiles(
-        self, height: int, width: int, overlap_height: float = 1 / 4, overlap_width: float = 1 / 4
-    ) -> None:
-        """Size of the tiles in pixels, and the parts of them that are blended into the next."""
-        space = self.cfg.spatial_ratio
-        self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
-
-    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
-
-        T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
-        """
-        return self.scaled(draw(*self.posterior(clip), rng))
+        super().__init__(cfg, Encoder(cfg), Decoder(cfg))
+        self.set_tiles(256, 256, 1 / 4, 1 / 4)
 
     def posterior(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each (B, C, T', h, w), of the unscaled latents of a clip (B, 3, T, H, W)."""
@@ -301,14 +285,14 @@ class WanVAE(nn.Module):
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents as the network makes them -> as the transformer sees them."""
-        centre, spread = self.statistics(latents.device)
-        return ((latents - centre) / spread).to(latents.dtype)
+        mean, std = self.statistics(latents.device)
+        return ((latents - mean) / std).to(latents.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, k + 1, h, w) -> clip (B, 3, temporal_ratio * k + 1, H, W), cut to [-1, 1]."""
         ratio, space, patch = self.cfg.temporal_ratio, self.cfg.spatial_ratio, self.cfg.patch
-        centre, spread = self.statistics(latents.device)
-        z, count = (latents * spread + centre).to(latents.dtype), latents.shape[2]
+        mean, std = self.statistics(latents.device)
+        z, count = (latents * std + mean).to(latents.dtype), latents.shape[2]
         cuts, tiles = cut(count, 1, 1), self.tiles if self.tiling else None
         cells = in_tiles(self.decoder, z, cuts, ratio * (count - 1) + 1, tiles, of=1, to=space // patch)
         return F.pixel_shuffle(cells.transpose(1, 2).mT, patch).mT.transpose(1, 2).clamp(-1, 1)

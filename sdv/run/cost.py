@@ -59,18 +59,16 @@ class Layout(Protocol):
     """Of weights.layout.Layout; a part's `build` makes its module."""
 
     parts: dict
-    spatial_ratio: int
-    temporal_ratio: int
-    channels: int
-    patch: int
     text_tokens: int
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]: ...
 
 
 # ------------------------------------------------------------------------------------------------ counting
 # Products of a query-by-key matrix in fused attention, and the place of q and k among the arguments. Backward
 # makes the scores again; the Triton kernels do it twice (kernels/attention.py).
 FORWARD = 2
-ATTENTION = {
+ATTENTION_PRODUCTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (FORWARD, 0),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (5, 1),
     torch.ops.sdv.attention: (FORWARD, 0),
@@ -108,7 +106,7 @@ class Meter(TorchDispatchMode):
         self.now -= self.live.pop(address)
 
     def add_flops(self, op, args: tuple, kwargs: dict, out: object) -> None:
-        products, first = ATTENTION.get(op, (0, 0))
+        products, first = ATTENTION_PRODUCTS.get(op, (0, 0))
         # What backward runs with gradients on, or forward, is a checkpointed block that runs again.
         again = self.stage == "backward" and (torch.is_grad_enabled() or products == FORWARD)
         stage = "recompute" if again else self.stage
@@ -143,7 +141,7 @@ def without_numbers(device: str) -> Iterator[str]:
 
 
 # ----------------------------------------------------------------------------------------------- rehearsal
-class Count(NamedTuple):
+class Cost(NamedTuple):
     """Of one micro-batch. kept: bytes that forward leaves for backward; peak: most bytes at any time."""
 
     kept: int
@@ -175,17 +173,16 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
 
 
 @torch.enable_grad()
-def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
+def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Cost:
     """Forward and backward of the first blocks, all of the reference visible, gradients there already."""
-    frames = 1 if task == "identity" else 1 + (cfg.frames - 1) // layout.temporal_ratio
-    sides = cfg.height // layout.spatial_ratio, cfg.width // layout.spatial_ratio
+    shape = layout.latent_shape(1 if task == "identity" else cfg.frames, cfg.height, cfg.width)
     batch = getattr(cfg, f"{task}_batch")
     with without_numbers(cfg.device) as device:
         dit = build(cfg, layout, layers, device)
         for parameter in lora_parameters(dit).values():
             parameter.grad = torch.empty_like(parameter)
         with Meter() as meter:
-            video = torch.empty(batch, layout.channels, frames, *sides, dtype=dit.dtype, device=device)
+            video = torch.empty(batch, *shape, dtype=dit.dtype, device=device)
             ref, target = video[:, :, :1].clone(), video.float()
             text = video.new_empty(batch, layout.text_tokens, dit.cfg.text_dim)
             pred = dit(video, torch.zeros(batch, dtype=torch.long, device=device), text, ref)
@@ -193,10 +190,10 @@ def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
             kept, meter.stage = meter.now, "backward"
             # Given a tensor, backward would be a torch function, inside which no ClaimGPU is asked.
             torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
-    return Count(kept, meter.peak, meter.flops)
+    return Cost(kept, meter.peak, meter.flops)
 
 
-def count(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
+def count(cfg: Settings, layout: Layout, task: Task, layers: int) -> Cost:
     """Of many blocks: what two depths need, continued. Exact, since later blocks repeat the earlier ones."""
     period = max(1, cfg.recompute_every)
     few = layers % period + max(2, period)  # the first block is not like the others: its input may be frozen
@@ -205,10 +202,10 @@ def count(cfg: Settings, layout: Layout, task: Task, layers: int) -> Count:
     a, b = (rehearse(cfg, layout, task, n) for n in (few, few + period))
     times = (layers - few) // period
     kept, peak = (x + times * (y - x) for x, y in zip(a[:2], b[:2], strict=True))
-    return Count(kept, peak, Counter({key: n + times * (b.flops[key] - n) for key, n in a.flops.items()}))
+    return Cost(kept, peak, Counter({key: n + times * (b.flops[key] - n) for key, n in a.flops.items()}))
 
 
-class Encoders(NamedTuple):
+class EncoderCost(NamedTuple):
     """VAE and text encoder: bytes of their weights, most bytes of their work, FLOPs of one sample."""
 
     held: int
@@ -216,7 +213,7 @@ class Encoders(NamedTuple):
     flops: int
 
 
-def encoding(cfg: Settings, layout: Layout, task: Task) -> Encoders:
+def encoding(cfg: Settings, layout: Layout, task: Task) -> EncoderCost:
     """Samples go through one by one. The VAE is counted as on a GPU; a CPU needs half of its FLOPs."""
     dtype, frames = getattr(torch, cfg.dtype), 1 if task == "identity" else cfg.frames
     with torch.device("meta"):
@@ -230,4 +227,4 @@ def encoding(cfg: Settings, layout: Layout, task: Task) -> Encoders:
         with Meter() as reading:
             text.encoder(torch.zeros(1, layout.text_tokens, dtype=torch.long))
     flops = (seeing.flops + reading.flops).total()
-    return Encoders(nbytes(vae) + nbytes(text), max(seeing.peak, reading.peak), flops)
+    return EncoderCost(nbytes(vae) + nbytes(text), max(seeing.peak, reading.peak), flops)

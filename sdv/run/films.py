@@ -16,12 +16,13 @@ class Shot(NamedTuple):
     prompt: str
     ref: Path | None  # picture of the subject
     seed: int
+    file: Path | None = None  # the film itself, where a list says it
 
 
 def read_shots(manifest: str | Path) -> list[Shot]:
-    """Lines {"prompt", "reference_file_name", "seed"} of a JSONL file; all but the prompt may be missing.
+    """Lines {"prompt", "reference_file_name", "seed", "file_name"} of a JSONL file.
 
-    A reference is relative to the file. Other fields are ignored.
+    All but the prompt may be missing. Paths are relative to the file. Other fields are ignored.
     ValueError that names the line of the first that cannot be used, or for a file without any.
     """
     manifest = Path(manifest)
@@ -37,21 +38,19 @@ def read_shots(manifest: str | Path) -> list[Shot]:
 def _shot(manifest: Path, number: int, line: bytes) -> Shot:
     try:
         row = parse_json(line.decode())
-        prompt, ref, seed = row["prompt"], row.get("reference_file_name"), row.get("seed", 0)
-        if (
-            not isinstance(prompt, str)
-            or not isinstance(ref, str | None)
-            or type(seed) is not int
-            or seed < 0
-        ):
-            raise TypeError("two texts and a number that is not negative")
+        prompt, seed = row["prompt"], row.get("seed", 0)
+        ref, film = row.get("reference_file_name"), row.get("file_name")
+        texts = isinstance(prompt, str) and isinstance(ref, str | None) and isinstance(film, str | None)
+        if not texts or type(seed) is not int or seed < 0:
+            raise TypeError("texts and a number that is not negative")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
             f'and "seed" ({error!r:.80})'
         ) from error
     prompt = clean_caption(prompt, f"{manifest}:{number}: prompt")
-    return Shot(prompt, (find_file(manifest.parent, ref) or manifest.parent / ref) if ref else None, seed)
+    ref = (find_file(manifest.parent, ref) or manifest.parent / ref) if ref else None
+    return Shot(prompt, ref, seed, manifest.parent / film if film else None)
 
 
 NOT_SEEN = ("prompt", "ref", "seed", "manifest", "out", "adapter", "backbone")  # or named by their content

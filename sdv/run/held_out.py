@@ -3,30 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import nn
 from torch.utils.data import default_collate
 
 from sdv.data.rows import Rows
-from sdv.objectives import TASKS, Draws, Losses, Pair, Schedule, denoising_loss, draws_of
+from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss, draws_of
 from sdv.run.log import summary
 from sdv.run.parallel import gather, ranks
+from sdv.schedule import Schedule
 from sdv.seeds import PROBE, PROBE_PAIR
-
-
-class Settings(Protocol):
-    """Of train.py's Config."""
-
-    identity_batch: int
-    motion_batch: int
-    val_batches: int
-    view_drop: float
-    text_drop: float
-    ref_shift: float
-    dropout: str
-    p_drop: float
 
 
 def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
@@ -34,16 +21,16 @@ def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
 
     So both directions of a pair lie in one half. A short half repeats; ValueError if one would be empty.
     """
-    half_of, halves = {}, ([], [])
+    half_of, split = {}, ([], [])
     for number, row in enumerate(rows.rows):
         known = {half_of[file] for file in row.files if file in half_of}
         if len(known) < 2:  # else it would tie the halves together
-            half = known.pop() if known else int(len(halves[0]) > len(halves[1]))
+            half = known.pop() if known else int(len(split[0]) > len(split[1]))
             half_of |= dict.fromkeys(row.files, half)
-            halves[half].append(number)
-    if not halves[1]:
+            split[half].append(number)
+    if not split[1]:
         raise ValueError(f"{rows.rows[0].files[0].parent}: too few rows for two halves without a common file")
-    for half in halves:
+    for half in split:
         for first in range(0, batches * size, size):
             yield default_collate([rows[half[(first + i) % len(half)]] for i in range(size)])
 
@@ -70,11 +57,11 @@ def held_out_losses(
     enc: object,
     dit: nn.Module,
     schedule: Schedule,
-    cfg: Settings,
+    cfg: object,
 ) -> dict[str, list[Callable[[], Losses]]]:
     """Each task's losses on fixed micro-batches: what they look at, their times and noise never change.
 
-    pair_of, enc: train.py's PAIR_OF and encoders.
+    pair_of, enc, cfg: train.py's PAIR_OF, Encoders and Config.
     """
     losses = {}
     for task, rows in held_out.items():

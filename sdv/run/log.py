@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from sdv.data.files import unwritable
-from sdv.objectives import Losses
+from sdv.objectives import TASKS, Losses
 from sdv.run.parallel import gather, ranks
 
 
-def quarters(each: Tensor, t: Tensor, train_steps: int) -> list[float | None]:
-    """Mean loss in each quarter of the noise range: the mean over all of it hides where it is learned."""
-    which = (t * 4 / train_steps).long().clamp(max=3)
-    return [each[which == q].mean().item() if (which == q).any() else None for q in range(4)]
-
-
 def summary(each: Tensor, t: Tensor, train_steps: int) -> dict:
-    """Mean of the losses (n,) at times t (n,), of all and by quarter."""
-    return {"loss": each.mean().item(), "quarters": quarters(each, t, train_steps)}
+    """Mean of the losses (n,) at times t (n,): of all, and of each quarter of the noise range, None if empty.
+
+    The mean over all of the range hides where it is learned.
+    """
+    which = (t * 4 / train_steps).long().clamp(max=3)
+    quarters = [each[which == q].mean().item() if (which == q).any() else None for q in range(4)]
+    return {"loss": each.mean().item(), "quarters": quarters}
 
 
 def loss_row(losses: Sequence[Losses], train_steps: int) -> dict:
@@ -31,21 +30,21 @@ def loss_row(losses: Sequence[Losses], train_steps: int) -> dict:
     return summary(each, t, train_steps)
 
 
-def mean(values: list[float | None]) -> str:
+def mean_text(values: list[float | None]) -> str:
     values = [value for value in values if value is not None]
     return f"{sum(values) / len(values):.4f}" if values else "-"
 
 
 def by_quarter(rows: list[dict]) -> str:
-    return " ".join(mean([row["quarters"][q] for row in rows]) for q in range(4))
+    return " ".join(mean_text([row["quarters"][q] for row in rows]) for q in range(4))
 
 
 def log_line(rows: list[dict], steps: int) -> str:
     """The newest row, then means over the last 100: of each task, and of this task by timestep quarter."""
     now, recent = rows[-1], rows[-100:]
-    losses = {task: [r["loss"] for r in recent if r["task"] == task] for task in ("identity", "motion")}
+    losses = {task: [r["loss"] for r in recent if r["task"] == task] for task in TASKS}
     own = [row for row in recent if row["task"] == now["task"]]
-    means = " ".join(f"{task} {mean(values)}" for task, values in losses.items())
+    means = " ".join(f"{task} {mean_text(values)}" for task, values in losses.items())
     cost = f"grad {now['grad_norm']:.3f} | {now['seconds']:.2f} s | {now['memory_gb']:.1f} GB"
     return (
         f"step {now['step'] + 1:>5}/{steps} {now['task']:<8} loss {now['loss']:.4f} | mean {means} "
@@ -88,3 +87,8 @@ class RunLog:
             for field, value in row.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{place}/{field}", value, row["step"])
+
+
+def read_log(folder: Path, name: str) -> list[dict]:
+    """The rows of NAME.jsonl; a last line that is still being written is left out."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().split("\n")[:-1]]

@@ -34,8 +34,7 @@ def start(device: str) -> tuple[int, int, str]:
 
 def ranks() -> tuple[int, int]:
     """This process and how many there are."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def wait() -> None:
@@ -65,18 +64,13 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def anywhere(flag: bool, device: str) -> bool:
-    """Whether it is true on any rank."""
-    return bool(gather(torch.tensor([flag], device=device)).any())
-
-
 @contextmanager
 def sigterm_noted(device: str) -> Iterator[Callable[[], bool]]:
     """In it SIGTERM ends nothing: the function that it gives says whether any rank has got one."""
     got = []
     before = signal.signal(signal.SIGTERM, lambda *_: got.append(True))
     try:
-        yield lambda: anywhere(bool(got), device)
+        yield lambda: bool(gather(torch.tensor([bool(got)], device=device)).any())
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -10,9 +10,8 @@ of it; the matrix library and the heap have the rest.
 
 Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) the
 memory is 1 % less than measured, 27.6 and 29.5 GB. Seconds agree by the table of that GPU: the shares below
-were chosen so; --keep-attention, which had no part in it, comes out within 0.2 %. On the GPU itself, when
-`ceilings` still waited after each call, the shares of then said 12 to 13 % (clips) and 16 to 18 % (pairs) too
-much; without the waits it was not run there.
+were chosen so; --keep-attention, which had no part in it, comes out within 0.2 %. What is predicted on a GPU
+itself, from its own `ceilings`, was not compared with steps since these no longer wait after each call.
 """
 
 import dataclasses
@@ -27,17 +26,17 @@ import torch
 from kernels import attention
 from sdv.lora import lora_parameters
 from sdv.run.base_storage import nbytes
-from sdv.run.cost import Encoders, Layout, Settings, Task, build, count, encoding
+from sdv.run.cost import EncoderCost, Layout, Settings, Task, build, count, encoding
 
 # A step's share of the speed of a large matrix product, on one thread of a CPU (AMD EPYC, AVX-512): one block
 # of CogVideoX-5B with its LoRA, 466 tokens. 0.76 to 0.87 of 87 GFLOP/s in fp32, 0.83 to 0.85 of 197 in bf16.
 ON_CPU = 0.83
-# On a GPU attention has a speed of its own, of which a step reaches ATTENTION; what norms, additions and
-# modulations take is put down to the matrices. Both shares follow from two training steps, 3.44 s of a clip
-# and 1.945 s of eight pairs. A step of sampling with a merged LoRA, which --plan does not predict, would come
-# out 14 % too slow. A LoRA apart takes about three times as long as its FLOPs say; that is in the shares.
-MATRICES, ATTENTION = 0.678, 0.93
-TABLE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 778f133; there is no GPU here"
+# On a GPU attention has a speed of its own, of which a step reaches ATTENTION_SHARE; what norms, additions
+# and modulations take is put down to the matrices. Both shares follow from two training steps, 3.44 s of a
+# clip and 1.945 s of eight pairs. A step of sampling with a merged LoRA, which --plan does not predict, would
+# come out 14 % too slow. A LoRA apart takes about three times as long as its FLOPs say: it is in the shares.
+MATRIX_SHARE, ATTENTION_SHARE = 0.678, 0.93
+H100_SOURCE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 778f133; there is no GPU here"
 TORCHRUN = 8  # processes that --shard is shown for where there is one
 STAGES = ("encoding", "forward", "recompute", "backward")
 
@@ -60,8 +59,8 @@ class Speed(NamedTuple):
 # By the width of a head, in bf16: an 8192 cubed product, and attention at CogVideoX's and at Wan's size, all
 # from one run of kernels.bench. No step of Wan was timed with these kernels.
 H100 = {
-    64: Speed(695e12, 550.7e12, 7 / 5 * 350.4e12, TABLE),
-    128: Speed(695e12, 710.7e12, 7 / 5 * 411.1e12, TABLE),
+    64: Speed(695e12, 550.7e12, 7 / 5 * 350.4e12, H100_SOURCE),
+    128: Speed(695e12, 710.7e12, 7 / 5 * 411.1e12, H100_SOURCE),
 }
 
 
@@ -74,7 +73,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    cfg: Settings, layout: Layout, task: Task, world: int, encoders: Encoders | None = None
+    cfg: Settings, layout: Layout, task: Task, world: int, encoders: EncoderCost | None = None
 ) -> Prediction:
     """One of `world` processes, without encoders if they have left the memory.
 
@@ -172,9 +171,9 @@ def speed(cfg: Settings, layout: Layout) -> Speed | None:
         top = H100[shape.head_dim]
     else:
         return None
-    source = f"{MATRICES} of {top.matrices / 1e12:.0f} TFLOP/s in matrices, {ATTENTION} of "
+    source = f"{MATRIX_SHARE} of {top.matrices / 1e12:.0f} TFLOP/s in matrices, {ATTENTION_SHARE} of "
     source += f"{top.forward / 1e12:.0f} and {top.backward / 1e12:.0f} in attention, on {top.source}"
-    return Speed(MATRICES * top.matrices, *(ATTENTION * n for n in top[1:3]), source)
+    return Speed(MATRIX_SHARE * top.matrices, *(ATTENTION_SHARE * n for n in top[1:3]), source)
 
 
 def lora_flops(cfg: Settings, layout: Layout, task: Task, flops: Counter) -> float:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from sdv.run.parallel import ranks
+
 PACKAGES = ("torch", "triton", "safetensors", "sentencepiece", "numpy", "av")
 
 
@@ -24,7 +26,7 @@ def provenance(cfg: object) -> dict:
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": f"{device}, {platform.machine()} {platform.system()}",
-        "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        "processes": ranks()[1],
         "settings": dataclasses.asdict(cfg),
     }
 

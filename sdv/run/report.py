@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from sdv.diagnostics import TASKS
+from sdv.objectives import TASKS
+from sdv.run.log import read_log
 from sdv.run.settings import run
 
 COLOURS = {
@@ -26,6 +27,7 @@ LABELS = {
     "identity": "identity against identity",
     "motion": "motion against motion",
 }
+COSINES = ("cross", "identity", "motion", "corrected")  # of a probe, as lines and tables show them
 VERB = {"left": "written", "right": "read"}  # left directions are what a layer writes, right what it reads
 READING = """The cosine between the two tasks (red) can only be read beside its yardsticks: the cosine between
 two disjoint halves of one and the same task. Where red lies with them, the tasks are as alike as a task is to
@@ -39,11 +41,11 @@ coincide (1: the same subspace), beside two halves of one task and a random upda
 
 
 def read(run: str | Path) -> list[dict]:
-    """The probes of a run, in order. A last line that is still being written is left out."""
+    """The probes of a run, in order."""
     path = Path(run) / "probes.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no probes; train with --val-pairs and --val-clips")
-    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    rows = read_log(path.parent, "probes")
     if not rows:
         raise ValueError(f"{path}: no probe is finished yet; wait for the first")
     return rows
@@ -81,15 +83,14 @@ def verdict(row: dict) -> str:
 def line(row: dict) -> str:
     """A probe in one line for the terminal."""
     found = row["whole"]["all"]
-    shown = " | ".join(f"{name} {show(found[name])}" for name in ("cross", "identity", "motion", "corrected"))
+    shown = " | ".join(f"{name} {show(found[name])}" for name in COSINES)
     return f"probe at step {row['step']}: cosines {shown}: {verdict(row)} | {row['seconds']:.2f} s"
 
 
 def cost(run: str | Path) -> str:
     """What the probes of a run took beside its training steps."""
     rows = read(run)
-    metrics = map(json.loads, (Path(run) / "metrics.jsonl").read_text().split("\n")[:-1])
-    training = sum({row["step"]: row["seconds"] for row in metrics}.values())
+    training = sum({row["step"]: row["seconds"] for row in read_log(Path(run), "metrics")}.values())
     probing = sum(row["seconds"] for row in rows)
     share = f", {probing / training:.1%} of the training time" if training else ""
     return f"{len(rows)} probes took {probing:.1f} s{share}"
@@ -247,12 +248,11 @@ def draw(runs: list[tuple[str, list[dict]]]) -> bytes:
 
 def section(runs: list[tuple[str, list[dict]]], picture: bytes) -> str:
     """HTML for a page: how to read it, the newest numbers of each run, and the picture that `draw` made."""
-    columns = ("cross", "identity", "motion", "corrected")
-    head = "".join(f"<th>{name}</th>" for name in ("run", "step", *columns, "so"))
+    head = "".join(f"<th>{name}</th>" for name in ("run", "step", *COSINES, "so"))
     body = ""
     for name, rows in runs:
         found = rows[-1]["whole"]["all"]
-        shown = (show(found[column]) for column in columns)
+        shown = (show(found[name]) for name in COSINES)
         cells = [name, str(rows[-1]["step"]), *shown, verdict(rows[-1])]
         body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>\n"
     data = base64.b64encode(picture).decode()

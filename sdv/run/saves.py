@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from sdv.data.files import make_folder, write_whole
+from sdv.data.files import make_folder, parse_json, write_text, write_whole
 
 
 def saves(out: Path) -> list[Path]:
@@ -75,8 +75,8 @@ def newest_whole(out: Path, log: Callable[[str], None]) -> tuple[Path, dict]:
 def _settings(out: Path) -> dict:
     file = out / "config.json"
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
+        return dict(parse_json(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}); what the run was asked for is not known") from error
 
 
@@ -91,7 +91,7 @@ def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
         for name in ("probes", "validation"):
             (out / f"{name}.jsonl").unlink(missing_ok=True)
     text = json.dumps(settings | {"parts": [*parts, provenance]}, indent=2)
-    write_whole(out / "config.json", lambda path: path.write_text(text))
+    write_text(out / "config.json", text)
 
 
 def require_same(out: Path, settings: dict, defaults: dict, renamed: dict[str, str]) -> None:
@@ -120,5 +120,5 @@ def cut_back(path: Path, step: int) -> list[dict]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: damaged ({error!r}); delete this line") from error
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(path, lambda to: to.write_text(text))
+    write_text(path, text)
     return rows

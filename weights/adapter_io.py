@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
 from sdv.models.positions import place_reference
-from weights.formats import LAYERS, PLACE, TOKENS, Adapter, Update, read, write
+from weights.formats import LAYER_NAMES, PLACE_NOTE, TOKENS_NOTE, Adapter, Update, read, write
 
 
 def save_adapter(
@@ -27,8 +27,8 @@ def save_adapter(
         for ours, module in modules.items()
     }
     everywhere = next(iter(modules.values())).tokens is None
-    notes = {PLACE: dit.ref_position, TOKENS: "all" if everywhere else "ref"}
-    family = next(kind for kind in LAYERS if isinstance(dit, kind))  # sharding makes subclasses
+    notes = {PLACE_NOTE: dit.ref_position, TOKENS_NOTE: "all" if everywhere else "ref"}
+    family = next(kind for kind in LAYER_NAMES if isinstance(dit, kind))  # sharding makes subclasses
     write(Adapter(path, format, family, updates, notes, "from the model"), path, format)
 
 
@@ -44,7 +44,7 @@ def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -
     adapter = read(path, type(dit), alpha).known
     check_fit(adapter, dit)
     try:
-        place_reference(dit, adapter.notes.get(PLACE, dit.ref_position))
+        place_reference(dit, adapter.notes.get(PLACE_NOTE, dit.ref_position))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     alike = defaultdict(list)
@@ -59,7 +59,7 @@ def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -
         module.lora_B.data.copy_(adapter.updates[ours].B)
     for parameter in lora_parameters(dit).values():
         parameter.requires_grad_()  # add_lora froze what the one before it had added
-    if adapter.notes.get(TOKENS) == "ref":
+    if adapter.notes.get(TOKENS_NOTE) == "ref":
         act_on_reference(dit)
     return f"{path}: {adapter}"
 
