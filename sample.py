@@ -38,7 +38,7 @@ from sdv.seeds import generator, normal
 class Film:
     """what to film"""
 
-    backbone: str  # checkpoint folder in the diffusers layout
+    backbone: str  # checkpoint folder in the layout of diffusers, or of Wan's vendor
     prompt: tuple[str, ...] = ()  # one or more
     ref: str = ""  # picture of the subject; none: text-to-video
     seed: tuple[Seed, ...] | None = None  # one or more [0]

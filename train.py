@@ -171,7 +171,7 @@ def next_draws(task: str, step: int, micro: int, seen: dict[str, int], cfg: "Con
 class Data(Method):
     """the model and the data"""
 
-    backbone: str = ""  # checkpoint folder in the diffusers layout
+    backbone: str = ""  # checkpoint folder in the layout of diffusers, or of Wan's vendor
     pairs: str = ""  # folder of image pairs with metadata.jsonl (paper: 200,000)
     clips: str = ""  # folder of captioned clips (paper: 4,000)
     height: Count | None = None  # pixels; sizes and rate are the model's own if not given (paper: 480)

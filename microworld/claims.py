@@ -53,6 +53,8 @@ ROWS: dict[str, dict[str, object]] = {  # settings of train.py that differ from 
 
 @dataclass(frozen=True)
 class Config:
+    """the study"""
+
     rows: tuple[Literal[*ROWS], ...] = tuple(ROWS)  # which of them
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of training; films use seed 0
     steps: Count = 1200  # of each run

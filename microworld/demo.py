@@ -23,6 +23,8 @@ from sdv.run.settings import Count, Seed, parse, run
 
 @dataclass(frozen=True)
 class Config:
+    """the demo"""
+
     out: str = "out/demo"  # world, run, index.html; what is there already is not made again
     steps: Count = 230  # of the fresh adapter's training
     pairs: Count = 1600  # picture pairs

@@ -29,6 +29,8 @@ RUNS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Config:
+    """the study"""
+
     runs: tuple[Literal[*RUNS], ...] = tuple(RUNS)  # which of them
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of training; the probe's own draws do not depend on it
     steps: Count = 1000  # of each run (paper: the first 1,000)

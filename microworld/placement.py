@@ -26,6 +26,8 @@ MEASURES = ("top1", "top5", "colour", "motion", "dynamic", "background", "copied
 
 @dataclass(frozen=True)
 class Config:
+    """the study"""
+
     backbone: str = "out/wan/model"  # a Wan of the micro-world
     places: tuple[Literal[*WanDiT.ref_positions], ...] = WanDiT.ref_positions  # which of them
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of training

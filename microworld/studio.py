@@ -35,7 +35,7 @@ RECIPE = {
     "rank": 64, "alpha": 64, "lr": 3e-3, "warmup": 50, "dtype": "bfloat16", "recompute_every": 0,
     "identity_batch": 64, "motion_batch": 8, "accumulate": 1, "workers": 0, "verify": 8,
 }  # fmt: skip
-# Films of an adapter are guided by the picture alone: guidance on the text argues with it and mottles the
+# Films of an adapter are guided by the picture alone: guidance on the text works against it and mottles the
 # subject. The base has only the text; the 5B's guidance of 6 would make this small model's colours glow.
 REF_GUIDANCE, BASE_GUIDANCE = 2.0, 3.0
 

@@ -317,6 +317,8 @@ def write_split(folder: Path, write, count: int, jobs: int) -> None:
 
 @dataclass(frozen=True)
 class Config:
+    """the world"""
+
     out: str = "out/world"  # a folder for each split
     size: Annotated[int, Range(16, 1024)] = 64  # side of the training frames, pixels
     frames: Count = 17  # of a clip

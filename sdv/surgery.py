@@ -1,4 +1,4 @@
-"""Gradient surgery: a step in which the two tasks do not fight (PCGrad, arXiv 2001.06782)."""
+"""Gradient surgery: a step in which the two tasks do not conflict (PCGrad, arXiv 2001.06782)."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ def project(grads: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Surgery:
-    """Collects each task's gradient of a step, and puts back one in which the tasks do not fight.
+    """Collects each task's gradient of a step, and puts back one in which the tasks do not conflict.
 
     exact: a step holds both tasks and takes (1 - p) g_identity + p g_motion, each projected off the other.
     buffer-n: a step holds one task, projected off the mean of the other's last n gradients; the coin weighs

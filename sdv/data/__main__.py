@@ -96,7 +96,9 @@ def _clip_verdict(row: Row, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """What the command returns: its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sdv.data", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m sdv.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("check", help="decode every file of a folder once, with a verdict a row")
     one.add_argument("folder")
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         "--model", choices=MODELS, default="CogVideoX-5b", help="whose sizes to take, if no --backbone"
     )
     for name in MODELS[one.get_default("model")]:
-        one.add_argument("--" + name.replace("_", "-"), type=float if name == "fps" else int, help="instead")
+        number = float if name == "fps" else int
+        one.add_argument("--" + name.replace("_", "-"), type=number, help="the model's own if not given")
     one.add_argument(
         "--backbone", default="", help="checkpoint folder: its sizes, and which captions it cuts"
     )

@@ -1,7 +1,7 @@
 """Folders of pairs and clips -> checked rows, and the pixels and prompts in them.
 
 A pairs folder holds metadata.jsonl with rows {"reference_file_name", "target_file_name", "prompt"}; a clips
-folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt. Hidden files are nobody's.
+folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt. Hidden files are skipped.
 """
 
 import unicodedata
