@@ -30,7 +30,7 @@ from sdv.lora import merge, require_mergeable
 from sdv.run import settings
 from sdv.run.films import Shot, film_names, list_film, read_shots
 from sdv.run.settings import Count, Guidance, NotNegative, Positive, Rate, Seed
-from sdv.schedule import guidance
+from sdv.schedule import VPrediction, guidance
 from sdv.seeds import generator, normal
 
 
@@ -129,7 +129,12 @@ def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
     """Fill what was not given with the model's own values; refuse what cannot be before loading."""
     if cfg.negative:
         cfg = dataclasses.replace(cfg, negative=clean_caption(cfg.negative, "--negative"))
+    asked = cfg.negative is not None, cfg.dynamic_guidance
     cfg = with_model_defaults(cfg, layout)
+    if cfg.guidance == 1 and any(asked):
+        raise ValueError("--negative and --dynamic-guidance are about guidance: --guidance 1 is none")
+    if cfg.dynamic_guidance and not isinstance(layout.schedule, VPrediction):
+        raise ValueError("--dynamic-guidance is of CogVideoX's vendor: this model has none")
     layout.schedule.timesteps(cfg.steps)
     if cfg.sampler not in ("", *layout.schedule.samplers):
         raise ValueError(f"--sampler {cfg.sampler}: this model has {', '.join(layout.schedule.samplers)}")
@@ -160,6 +165,8 @@ def wanted(cfg: Config) -> list[Shot]:
         raise ValueError(
             f"--ref-guidance {cfg.ref_guidance:g}: there is no reference to be guided by; give --ref"
         )
+    if cfg.ref_guidance != 1 and (bare := sum(not shot.ref for shot in shots)):
+        print(f"{bare} of {len(shots)} films have no reference: --ref-guidance changes nothing of them")
     return shots
 
 
@@ -197,7 +204,9 @@ def main() -> None:
     if cut:
         print(cut)
     adapter = weights.adapter_files(Path(cfg.adapter)) if cfg.adapter else []
-    names = film_names(shots, dataclasses.asdict(cfg), weights.sources(layout), adapter)
+    note = layout.parts["text"].note  # how prompts are cleaned depends on what is installed
+    made_by = dataclasses.asdict(cfg) | ({"cleaning": note} if note else {})
+    names = film_names(shots, made_by, weights.sources(layout), adapter)
     films = dict(zip(names, shots, strict=True))
     for name in [name for name in films if (out / name).exists()]:
         print(f"{out / name} is there already and is kept")

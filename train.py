@@ -8,7 +8,6 @@ The method (arXiv 2504.17816) in six lines, each a few lines of code below:
     5. image-token dropout      half of the motion steps hide the reference                 motion_pair
     6. one gradient             both tasks minimise one denoising loss over one LoRA        train_step
 
-    make demo                                                             # the micro-world, on a CPU
     python train.py --backbone CogVideoX-5b --pairs pairs --clips clips   # the paper's recipe, one GPU
     torchrun --nproc-per-node 8 train.py --accumulate 4 ...               # the same steps on eight
     python train.py ... --resume                                          # goes on from the newest save
@@ -39,9 +38,8 @@ from sdv.data.sizes import with_model_defaults
 from sdv.lora import adapt, lora_modules, lora_parameters
 from sdv.models.positions import place_reference
 from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss
-from sdv.run import held_out, log, parallel, plan, provenance, report, saves, settings
+from sdv.run import card, held_out, log, parallel, plan, provenance, report, saves, settings
 from sdv.run.base_storage import Storage, hold
-from sdv.run.card import model_card
 from sdv.run.films import Shot, read_shots
 from sdv.run.settings import Count, CountOrNone, Guidance, NotNegative, Positive, Rate, Seed, Share
 from sdv.seeds import COIN, DROPOUT, LORA, SAMPLE, generator
@@ -126,12 +124,14 @@ class Training:
     surgery: Surgery
     row_counts: dict[str, int]  # of each task
     seen: dict[str, int]  # of each task, samples so far, of all processes
+    stop_if_asked: Callable[[], None] = lambda: None  # raises Stopped after a SIGTERM
 
 
 def train_step(step: int, run: Training, cfg: "Config") -> tuple[dict[str, list[Losses]], Tensor]:
     """One turn of algorithm 1's loop: each task's losses, and the norm of the gradient."""
     losses = {}
     for micro in range(cfg.accumulate * (2 if cfg.pcgrad == "exact" else 1)):
+        run.stop_if_asked()
         task = draw_task(step, micro, cfg)
         batch, draws = next(run.feeds[task]), next_draws(task, step, micro, run.seen, cfg)
         pair = PAIR_OF[task](batch, run.enc, cfg, draws)
@@ -262,9 +262,9 @@ def kept_settings(cfg: Config, world: int) -> dict:
     kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
     cut = {"identity": cfg.identity_batch, "motion": cfg.motion_batch, "accumulate": cfg.accumulate * world}
     kept["batch"] = {task: cut[task] * cut["accumulate"] for task in TASKS}
-    if cfg.coin == "micro":  # a coin for each micro-batch depends on how many there are
-        kept["cut"] = cut
-    kept["processes"] = world if cfg.coin == "micro" else None
+    # A coin, or a dropout of the LoRA's inputs, for each micro-batch depends on how many there are.
+    micro = cfg.coin == "micro" or cfg.lora_dropout > 0
+    kept["cut"], kept["processes"] = (cut, world) if micro else (None, None)
     # A cache may hold only some frames of a clip, and a reference from it is moved by cells of a latent.
     kept["cached"] = bool(cfg.cache) if cfg.cache_frames or cfg.ref_shift else None
     return kept
@@ -279,7 +279,7 @@ def refuse_conflicts(cfg: Config) -> None:
         (cfg.p_video < 1 and not cfg.pairs and not cfg.plan, "--pairs: name the folder of image pairs"),
         (cfg.p_video > 0 and not cfg.clips and not cfg.plan, "--clips: name the folder of clips"),
         (cfg.plan and cfg.adapter, "--plan counts a new LoRA: give --rank instead of --adapter"),
-        (len(cfg.betas) != 2, "--betas: give two numbers"),
+        (len(cfg.betas) != 2 or max(cfg.betas) == 1, "--betas: give two numbers below 1"),
         (cfg.lora_alpha is not None and not cfg.adapter, "--lora-alpha is about a file: give --adapter too"),
         (bool(cfg.sample_every) != bool(cfg.sample_manifest),
          "--sample-every and --sample-manifest belong together: how often to film, and what"),
@@ -306,21 +306,23 @@ def refuse_conflicts(cfg: Config) -> None:
 # ── The run ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+LOWER_LR = "begin a new run with a lower --lr, from a save of this one if its losses were good (--adapter)"
+
+
 def require_finite(loss: Losses, batch: dict, task: str, step: int) -> None:
     finite = torch.isfinite(loss.each).tolist()
     if not all(finite):
         bad = [row for row, good in zip(batch["row"], finite, strict=True) if not good]
         raise FloatingPointError(
-            f"step {step + 1}, {task}: the loss of {', '.join(bad)} is not finite. Look at these rows, or "
-            "lower --lr; the saves before this step are whole."
+            f"step {step + 1}, {task}: the loss of {', '.join(bad)} is not finite. Look at these rows; or "
+            + LOWER_LR
         )
 
 
 def require_finite_gradient(norm: Tensor, step: int) -> None:
     if not norm.isfinite():
         raise FloatingPointError(
-            f"step {step + 1}: the gradient is not finite, though the losses are. Lower --lr; the saves "
-            "before this step are whole."
+            f"step {step + 1}: the gradient is not finite, though the losses are: " + LOWER_LR
         )
 
 
@@ -391,7 +393,7 @@ def open_encoders(
     store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames, layout.parts["text"].note)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
     prompts |= {film_cfg.negative, *(shot.prompt for shot in shots)} | ({""} if cfg.text_drop else set())
-    say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait))
+    say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait, parallel.from_first))
     vae = opened.pop("vae", None)
     if shots and vae is None:
         vae = weights.load_backbone(cfg.backbone, cfg.device, dtype, ("vae",), say).vae
@@ -411,9 +413,8 @@ def save(out: Path, step: int, run: Training, cfg: Config) -> None:
 
     def write_adapter(file: Path) -> None:
         weights.save_adapter(run.dit, file, lora=lora)
-        file.with_name("README.md").write_text(
-            model_card(cfg, run.row_counts, step, sys.argv), encoding="utf-8"
-        )
+        text = card.model_card(cfg, run.row_counts, step, sys.argv)
+        file.with_name("README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     if parallel.ranks()[0] == 0:
         saves.write_save(out, step, write_adapter, state, cfg.keep)
@@ -431,21 +432,22 @@ class Looks(NamedTuple):
     run_log: log.RunLog
 
 
+def is_due(step: int, every: int, cfg: Config) -> bool:
+    """Whether a look that comes every so many steps comes now; after the last step all do."""
+    return every > 0 and (step % every == 0 or step == cfg.steps)
+
+
 def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str], None]) -> None:
     """The gradient probe, held-out losses and films that are due; after the last step all of them."""
     rank, world = parallel.ranks()
-
-    def due(every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == cfg.steps)
-
-    if at.losses and due(cfg.probe_every):
+    if at.losses and is_due(step, cfg.probe_every, cfg):
         probes = [lambda loss=loss: loss().value for losses in at.losses.values() for loss in losses]
         found = diagnostics.probe(run.dit, probes)
         if rank == 0:  # others have helped, and got nothing
             row = {"step": step} | found
             at.run_log.write("probes", row)
             tell(report.line(row))
-    for task, losses in at.losses.items() if due(cfg.val_every) else ():
+    for task, losses in at.losses.items() if is_due(step, cfg.val_every, cfg) else ():
         with diagnostics.untouched(run.dit):
             row = {"step": step, "task": task} | held_out.validate(losses, run.schedule.train_steps)
         at.run_log.write("validation", row)
@@ -454,11 +456,12 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
     # and films with a reference, which may be guided by it, have rounds of their own.
     groups = [[i for i, ref in enumerate(at.refs) if (ref is None) == none] for none in (False, True)]
     rounds = [group[start : start + world] for group in groups for start in range(0, len(group), world)]
-    for films in rounds if due(cfg.sample_every) else ():
+    for films in rounds if is_due(step, cfg.sample_every, cfg) else ():
         i = films[min(rank, len(films) - 1)]
         with diagnostics.untouched(run.dit):
             texts = run.enc.text([at.shots[i].prompt]), run.enc.text([at.film_cfg.negative])
-            (clip,) = sample.generate(at.backbone, *texts, at.refs[i], at.film_cfg, [at.shots[i].seed])
+            shot = at.refs[i], at.film_cfg, [at.shots[i].seed]
+            (clip,) = sample.generate(at.backbone, *texts, *shot, run.stop_if_asked)
         if rank < len(films):
             write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)
 
@@ -466,29 +469,34 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
 def train(
     first: int, run: Training, looks: Looks, history: list[dict], cfg: Config, say: Callable[[str], None]
 ) -> int:
-    """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a SIGTERM."""
-    reached, (rank, _) = first, parallel.ranks()
+    """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a SIGTERM.
+
+    A step or film that a SIGTERM interrupts is left: the grace that follows is for the save.
+    """
+    reached, seen, (rank, _) = first, dict(run.seen), parallel.ranks()
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=rank > 0)
     tell = bar.write if rank == 0 else say
-    with parallel.sigterm_noted(cfg.device) as asked_to_stop, bar:
-        for step in bar:
-            if step > first and step % cfg.save_every == 0:
-                save(Path(cfg.out), step, run, cfg)
-            look(step, looks, run, cfg, tell)
-            start = time.perf_counter()
-            losses, norm = train_step(step, run, cfg)
-            for task, found in losses.items():
-                row = {"step": step, "task": task} | log.loss_row(found, run.schedule.train_steps)
-                row |= {"grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
-                row |= {"seconds": time.perf_counter() - start, "memory_gb": log.peak_memory(cfg.device)}
-                looks.run_log.write("metrics", row)
-                history.append(row)
-            tell(log.log_line(history, cfg.steps))
-            reached = step + 1
-            if asked_to_stop():
-                break
+    with parallel.sigterm_noted(cfg.device) as run.stop_if_asked, bar:
+        try:
+            for step in bar:
+                if step > first and step % cfg.save_every == 0:
+                    save(Path(cfg.out), step, run, cfg)
+                look(step, looks, run, cfg, tell)
+                start = time.perf_counter()
+                losses, norm = train_step(step, run, cfg)
+                for task, found in losses.items():
+                    row = {"step": step, "task": task} | log.loss_row(found, run.schedule.train_steps)
+                    row |= {"grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
+                    row |= {"seconds": time.perf_counter() - start, "memory_gb": log.peak_memory(cfg.device)}
+                    looks.run_log.write("metrics", row)
+                    history.append(row)
+                tell(log.log_line(history, cfg.steps))
+                reached, seen = step + 1, dict(run.seen)
+        except parallel.Stopped:
+            run.seen = seen  # the samples of a step that was not finished come again
         if reached > first:
             save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
+    run.stop_if_asked = lambda: None
     return reached
 
 
@@ -514,8 +522,9 @@ def main() -> None:
         or "captions: none is longer than the text encoder reads"
     )
     out, dtype, kept = Path(cfg.out), getattr(torch, cfg.dtype), kept_settings(cfg, world)
-    if cfg.resume:
-        unknown = {name: kept[name] for name in ("processes", "cached")}  # to runs that began earlier
+    kept["rows"] = {task: rows.summary() for task, rows in data.items()}
+    if cfg.resume:  # runs that began earlier do not know all of these
+        unknown = {name: kept[name] for name in ("cut", "processes", "cached", "rows")}
         saves.require_same(out, kept, dataclasses.asdict(Config()) | unknown, RENAMED)
     else:
         with torch.device("meta"):  # tried on a model without memory
@@ -534,9 +543,8 @@ def main() -> None:
     )  # fmt: skip
     shots = read_shots(cfg.sample_manifest) if cfg.sample_every else []
     pictures = [shot.ref and fit(read_image(shot.ref), cfg.height, cfg.width) for shot in shots]
-    if rank == 0:
-        saves.begin(out, kept, provenance.provenance(cfg), resume=cfg.resume)
-    run_log = log.RunLog(out, cfg.tensorboard)
+    held = saves.begin(out, kept, provenance.provenance(cfg), resume=cfg.resume) if rank == 0 else None
+    run_log = log.RunLog(out, cfg.tensorboard, first, held)
 
     # 2. The VAE and the text encoder, frozen.
     enc, vae, store = open_encoders(cfg, layout, folders, shots, film_cfg, say)
@@ -575,8 +583,8 @@ def main() -> None:
         parallel.load_optimizer(dit, optimizer, state["optimizer"])
         surgery.restore(state["past"])
         if rank == 0:
-            for name in ("probes", "validation"):
-                saves.cut_back(out / f"{name}.jsonl", first)
+            for name, every in (("probes", cfg.probe_every), ("validation", cfg.val_every)):
+                saves.cut_back(out / f"{name}.jsonl", first + (not is_due(first, every, cfg)))
             history = saves.cut_back(out / "metrics.jsonl", first)
         say(f"resumed from {newest}")
     feeds = {}

@@ -190,7 +190,9 @@ def main() -> None:
         frames=args.frames,
     )
     networks = {"vbench": [args.vbench], "code": CODE} | {
-        name: [*weight_files(folder), folder / "preprocessor_config.json"] if folder else []
+        name: [*weight_files(folder), *sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
+        if folder
+        else []
         for name, folder in (("clip", args.clip), ("dino", args.dino))
     }
     scores = Scores(args.out or args.films / "evaluation", networks, args.frames, [*films, *base])

@@ -56,7 +56,8 @@ class VPrediction:
     def draw(self, batch: int, rng: Generator | None = None) -> Tensor:
         """One timestep a sample, uniform unless shifted: (B,) int64."""
         t = torch.randint(self.train_steps, (batch,), generator=rng)
-        return (self.train_steps * _shifted((t + 0.5) / self.train_steps, self.train_shift)).long()
+        t = (self.train_steps * _shifted((t + 0.5) / self.train_steps, self.train_shift)).long()
+        return t.clamp(max=self.train_steps - 1)  # a large shift rounds up to the end
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self._scales(x, t)

@@ -392,6 +392,11 @@ def test_a_strength_is_given_to_the_adapters_of_a_mean_that_do_not_say_it(tmp_pa
     command(monkeypatch, "mean", *files, "--lora-alpha", 12)  # three times what it had
     wanted = {path: (x + 3 * deltas(other)[path]) / 2 for path, x in deltas(one).items()}
     assert_same(deltas(reloaded(WanDiT, files[2])[0]), wanted)
+    place_reference(one, "leading")  # the other one loads as "far"
+    weights.save_adapter(one, files[0])
+    for order in (files[:2], files[1::-1]):
+        with pytest.raises(SystemExit, match="has ref_position (far|leading), others (far|leading)"):
+            command(monkeypatch, "mean", *order, files[2], "--lora-alpha", 12)
 
 
 def test_a_half_precision_transformer_stays_one_when_merged(folders, tmp_path, monkeypatch):

@@ -243,6 +243,9 @@ def test_settings_of_other_parts_of_a_pipeline_are_not_the_transformers(tmp_path
         ("lycoris_blocks_0_attn1_to_q", ("lora_down", "lora_up"), "kohya"),
         ("module.transformer.blocks.0.attn1.to_q", ("lora_A", "lora_B"), "diffusers"),
         ("base_model.model._orig_mod.blocks.0.attn1.to_q", ("lora_A", "lora_B"), "peft"),
+        ("diffusion_model.blocks.0.self_attn.q", ("lora.down", "lora.up"), "comfyui"),
+        ("transformer.blocks.0.attn1.to_q", ("lora_down", "lora_up"), "diffusers"),
+        ("blocks.0.self_attn.q", ("lora_down", "lora_up"), "diffusers"),
     ],
 )
 def test_known_prefixes_of_other_tools_are_read(stem, halves, format, tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,25 @@ def test_a_text_state_knows_how_its_prompt_was_cleaned(media):
         Cache(media / "c", [network], [network], "float32", 0, way).text_name("a") for way in ("", "ftfy")
     }
     assert len(names) == 2
+
+
+def test_ranks_cut_one_list_though_another_run_writes_between_their_looks(media):
+    """Else they would wait for each other a different number of times."""
+    first, waits = new_cache(media), []
+    new_cache(media).fill(sources(media), ["a"], count_calls([]))
+    second = new_cache(media)  # finds all of it, the first one nothing
+    there = set(first.shards.where)
+    for rank, cache in enumerate((first, second)):
+        wait = partial(waits.append, rank)
+        cache.fill(sources(media), ["a"], count_calls([]), rank, 2, lambda w=wait: w(), lambda _: there)
+    assert waits == [0, 1] and not there
+
+
+def test_what_a_killed_run_left_half_written_is_removed_when_nobody_can_be_writing_it(media):
+    new, old = (media / "cache" / f".{name}.safetensors.7.tmp" for name in ("new", "old"))
+    new_cache(media)
+    for torn in (new, old):
+        torn.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    new_cache(media)
+    assert new.exists() and not old.exists()

@@ -368,3 +368,28 @@ def test_the_contact_sheet_shows_crops_frames_and_captions(tmp_path, kind, pictu
 def _file(folder: Path, content: bytes) -> Path:
     (folder / "one.png").write_bytes(content)
     return folder / "one.png"
+
+
+def test_a_worker_that_was_killed_ends_the_run_with_one_line(dots):
+    """And the others, which heed no SIGTERM, with it."""
+    script = f"""
+import multiprocessing, os, signal
+from sdv.data.loader import batches
+from sdv.data.rows import Pairs
+from sdv.run.settings import run
+
+def main():
+    feed = batches(Pairs({str(dots)!r}, 16, 16), 2, 0, workers=2)
+    next(feed)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    for _ in range(99):
+        next(feed)
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: a process that decodes was ended")
+    crash = script.replace("        next(feed)\n\nrun", "        raise KeyError\n\nrun")
+    done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "KeyError" in done.stderr

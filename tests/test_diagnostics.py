@@ -269,10 +269,18 @@ def test_halves_share_no_file_and_repeat_when_short():
         list(held_out.halves(rows_of("ab", "ba"), 1, 1))
 
 
-def test_a_probe_must_not_see_what_is_trained_on():
+def test_a_probe_must_not_see_what_is_trained_on(tmp_path, monkeypatch):
+    """Nor under another name: by a hard link, as imports make them, or as a copy."""
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    for name in "abcdef":
+        Path("x", name).write_text(name)
     held_out.check_unseen([rows_of("ab")], [rows_of("cd"), rows_of("e")])
-    with pytest.raises(ValueError, match="x/b: is held out .* and trained on"):
-        held_out.check_unseen([rows_of("xy", "db")], [rows_of("ab")])
+    Path("x/h").hardlink_to("x/a")
+    Path("x/k").write_text("a")
+    for twin in "ahk":
+        with pytest.raises(ValueError, match=f"x/{twin}: is held out .*, as x/a, trained on"):
+            held_out.check_unseen([rows_of("c" + twin)], [rows_of("ab")])
 
 
 def test_references_are_hidden_equally_often_in_both_halves():

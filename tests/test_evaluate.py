@@ -148,6 +148,21 @@ def test_a_manifest_is_read_as_sample_reads_it(one_film):
     assert found == films.Film(one_film / "a.mp4", one_film / "ref.png", "a fish", 0)
 
 
+def test_two_films_of_one_request_are_not_averaged(one_film):
+    """As one folder has them after a second sample.py with another guidance."""
+    first, second = ({"file_name": name, "prompt": "a fish"} for name in ("a.mp4", "b.mp4"))
+    shutil.copy(one_film / "a.mp4", one_film / "b.mp4")
+    write_lines(one_film / "films.jsonl", first, second, first)
+    write_lines(one_film / "m.jsonl", {"prompt": "a fish"})
+    for wanted in (None, one_film / "m.jsonl"):
+        with pytest.raises(ValueError, match="a.mp4 and b.mp4 have one prompt, reference and seed"):
+            films.read_films(one_film, wanted)
+    write_lines(one_film / "m.jsonl", second)
+    assert [film.path.name for film in films.read_films(one_film, one_film / "m.jsonl")] == ["b.mp4"]
+    write_lines(one_film / "films.jsonl", {"file_name": "a.mp4", "prompt": ""})  # of an unconditional film
+    assert [film.prompt for film in films.read_films(one_film)] == [""]
+
+
 # Refusals
 
 

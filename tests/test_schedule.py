@@ -263,3 +263,7 @@ def test_the_config_of_5b_is_the_default_and_names_its_sampler():
 def test_a_schedule_that_is_not_supported_is_refused_by_the_name_of_its_field(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         schedule_from(CONFIG | change)
+
+
+def test_a_time_that_is_shifted_to_the_end_is_the_last():
+    assert VPrediction(train_shift=1e9).draw(100).max() == 999

@@ -13,6 +13,7 @@ import train
 import weights
 from helpers import MEDIA, ROOT, RUN, SIZE, argv, full_disk, run
 from microworld import claims, demo, gradients, placement, world
+from sdv.data.files import sampled_hash
 from sdv.lora import adapt
 from sdv.run.films import Shot, film_names, list_film, read_shots
 from sdv.run.settings import check_device, parse
@@ -167,6 +168,24 @@ def test_a_film_is_named_by_every_number_of_its_adapter_and_the_same_in_any_list
     dog, cat = Shot("a dog", None, 0), Shot("a cat", None, 0)
     ((one,), (other,)) = (film_names([dog], {}, [], [file]) for file in files)
     assert one != other and film_names([cat, dog], {}, [], files[:1])[1] == one
+
+
+def test_a_large_file_is_known_by_each_of_its_tensors(tmp_path):
+    """Also by those that lie between the pieces that are evenly spread."""
+    file = tmp_path / "base.safetensors"
+    tensors = {f"{i:03d}": torch.zeros(1000 if i % 2 else 300_000, dtype=torch.int8) for i in range(20)}
+    names = set()
+    for changed in (None, *tensors):
+        save_file({name: value + (name == changed) for name, value in tensors.items()}, file)
+        names.add(sampled_hash(file))
+    assert file.stat().st_size > 256 * 4096 and len(names) == 21
+
+
+def test_settings_that_would_do_nothing_are_refused(monkeypatch, tiny, tmp_path):
+    base = {"--backbone": tiny, **SIZE, "--prompt": "a dog", "--steps": 1, "--out": tmp_path}
+    for words in ({"--negative": "ugly"}, {"--dynamic-guidance": ""}):
+        with pytest.raises(ValueError, match="--guidance 1 is none"):
+            run(monkeypatch, sample, base | words | {"--guidance": 1})
 
 
 def test_a_list_of_films_that_a_full_disk_has_cut_goes_on_whole(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, losses, run
 from sdv import seeds
 from sdv.data.rows import Clips, Pairs
 from sdv.objectives import denoising_loss, draws_of
-from sdv.run import held_out
+from sdv.run import held_out, parallel
 from sdv.run import saves as runs
 
 
@@ -135,6 +136,7 @@ def test_tensorboard_reads_what_the_journal_says(monkeypatch, tiny, tmp_path):
             events = board.Scalars(f"metrics/{task}/{field}")
             assert [event.step for event in events] == [row[0] for row in rows]
             assert [event.value for event in events] == pytest.approx([row[column] for row in rows])
+        assert any(f"metrics/{task}/quarter {i}" in board.Tags()["scalars"] for i in range(1, 5))
 
 
 def test_the_coin_is_fair_and_its_own(monkeypatch):
@@ -342,6 +344,7 @@ def test_the_finished_model_is_validated_and_the_vae_is_loaded_once(monkeypatch,
         return load(path, device, dtype, parts, log)
 
     monkeypatch.setattr(train.weights, "load_backbone", counted)
+    monkeypatch.setattr(held_out, "check_unseen", lambda *rows: None)  # these are copies
     look = {"--val-pairs": tmp_path / "pairs", "--val-clips": tmp_path / "clips", "--val-batches": 1}
     look |= {"--val-every": 2, "--probe-every": 0, "--sample-every": 9, "--sample-steps": 1}
     look |= {"--sample-manifest": tmp_path / "shots.jsonl"}
@@ -427,3 +430,87 @@ def test_a_model_card_lies_beside_every_saved_adapter(monkeypatch, tiny, tmp_pat
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == tiny.name and front["license"] == "other"
     assert "4 pairs of pictures, 3 clips" in card and "rank 8, alpha 8" in card and "--p-video 0.5" in card
+
+
+@pytest.mark.parametrize("moment", [3, 4])
+def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatch, tiny, tmp_path, moment):
+    """Between the micro-batches of the second step, before its first or after it."""
+    same = {"--backbone": tiny, **RUN, "--accumulate": 2, "--pcgrad": "buffer-4"}
+    run(monkeypatch, train, same | {"--out": tmp_path / "whole", "--steps": 4})
+    calls = []
+
+    @contextmanager
+    def noted(device):
+        def stop_if_asked():
+            calls.append(device)
+            if len(calls) == moment:
+                raise parallel.Stopped
+
+        yield stop_if_asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "sigterm_noted", noted)
+        run(patch, train, same | {"--out": tmp_path / "stopped", "--steps": 4})
+    assert [save.name for save in (tmp_path / "stopped").glob("step-*")] == ["step-000001"]
+    run(monkeypatch, train, same | {"--out": tmp_path / "stopped", "--steps": 4, "--resume": ""})
+    assert_same(tmp_path / "whole", tmp_path / "stopped", 4)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+def test_a_run_that_goes_on_has_its_rows_and_the_folder_for_itself(monkeypatch, tiny, tmp_path):
+    shutil.copytree(MEDIA / "pairs", tmp_path / "pairs")
+    options = {"--backbone": tiny, **RUN, "--pairs": tmp_path / "pairs", "--out": tmp_path / "run"}
+    run(monkeypatch, train, options | {"--steps": 1})
+    metadata = tmp_path / "pairs" / "metadata.jsonl"
+    rows = metadata.read_text()
+    metadata.write_text(rows.rstrip("\n") + "\n" + rows.splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="keeps its settings and rows; changed: rows was .*--adapter"):
+        run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+    metadata.write_text(rows)
+    hold = f"import time\nfrom sdv.data.files import lock\nheld = lock({str(tmp_path / 'run/.lock')!r}, '')"
+    hold = hold.replace("lock('", "lock(Path('").replace("', '')", "'), '')")
+    script = f"from pathlib import Path\n{hold}\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="run: another run is writing there"):
+            run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+        other.kill()
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+
+
+def test_the_last_look_of_a_run_that_is_extended_stays(monkeypatch, tiny, tmp_path):
+    unseen = {"--val-pairs": MEDIA / "pairs", "--val-clips": MEDIA / "clips", "--val-batches": 1}
+    monkeypatch.setattr(held_out, "check_unseen", lambda *rows: None)
+    options = {"--backbone": tiny, **RUN, **unseen, "--val-every": 3, "--probe-every": 0, "--out": tmp_path}
+    run(monkeypatch, train, options | {"--steps": 4})
+    run(monkeypatch, train, options | {"--steps": 7, "--resume": ""})
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in (0, 3, 4, 6, 7) for _ in train.PAIR_OF]
+
+
+def test_a_command_line_in_another_encoding_does_not_stop_the_save(monkeypatch, tiny, tmp_path):
+    out = tmp_path / "run_\udce9"
+    run(monkeypatch, train, {"--backbone": tiny, **RUN, "--out": out, "--steps": 1})
+    card = (out / "step-000001" / "README.md").read_text()
+    assert "\\udce9" in card and "--rank 8" in card
+
+
+def test_a_dropout_of_the_lora_keeps_how_a_batch_is_cut():
+    def kept(**settings) -> dict:
+        return train.kept_settings(train.Config(**settings), 1)
+
+    two = {"identity_batch": 16, "motion_batch": 2, "accumulate": 16}
+    assert kept()["batch"] == kept(**two)["batch"] and kept() == kept(**two)
+    assert kept(lora_dropout=0.2) != kept(lora_dropout=0.2, **two)
+
+
+def test_a_model_that_has_diverged_is_said_by_the_look_at_it(monkeypatch, tiny, tmp_path):
+    unseen = {"--val-pairs": MEDIA / "pairs", "--val-clips": MEDIA / "clips", "--val-batches": 1}
+    monkeypatch.setattr(held_out, "check_unseen", lambda *rows: None)
+    options = {"--backbone": tiny, **RUN, **unseen, "--lr": 1e30, "--steps": 3}
+    for every, match in (
+        ({"--probe-every": 1, "--val-every": 0}, "held-out loss is not finite"),
+        ({"--probe-every": 0, "--val-every": 1}, "held-out loss is not finite"),
+    ):
+        with pytest.raises(FloatingPointError, match=match):
+            run(monkeypatch, train, options | every | {"--out": tmp_path / str(every)})

@@ -1,11 +1,13 @@
 """UMT5 and its token ids against transformers."""
 
+import io
 import json
 import os
 import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from helpers import relative_error, tokenizer
@@ -106,6 +108,25 @@ def test_ids_equal_transformers_fast_tokenizer_from_either_file(spiece, tmp_path
         assert ours.cls_id == ours.pieces.get_piece_size() + 300
         assert ours.encode("<cls> a dog")[0] == ours.cls_id
         assert ours.encode("<extra_id_0>") == [ours.cls_id - 1]
+
+
+def test_what_the_vocabulary_lacks_is_unknown_though_spiece_model_would_spell_its_bytes(tmp_path):
+    """As UMT5's does: it has byte fallback, and its tokenizer.json, which the vendor reads, has not."""
+    file, model = tmp_path / "spiece.model", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.strip().splitlines()), model_writer=model, model_type="unigram",
+        vocab_size=600, hard_vocab_limit=False, byte_fallback=True, num_threads=1, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=3, bos_id=2, normalization_rule_name="identity",
+        pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", bos_piece="<s>",
+    )  # fmt: skip
+    file.write_bytes(model.getvalue())
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    line = "a \U0001f999 in the snow"
+    assert any(map(raw.is_byte, raw.encode(line)))
+    theirs = fast_tokenizer(tokenizer_json(file, tmp_path / "tokenizer.json"))
+    for ours in (tokenizer(file, 512, 300, unk=3), tokenizer(tmp_path / "tokenizer.json", 512, 300, unk=3)):
+        assert_same_ids(ours, theirs, [line, *varied_lines(200)])
+        assert 3 in ours.encode(line)
 
 
 @pytest.mark.skipif("SDV_UMT5" not in os.environ, reason="SDV_UMT5: path of UMT5's tokenizer.json")

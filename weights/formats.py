@@ -57,8 +57,8 @@ class Format(NamedTuple):
 # Tried in this order: a bare key with `.default` in a native name is DiffSynth's.
 FORMATS = {
     "comfyui": Format(
-        ("diffusion_model.", "model.diffusion_model."), (AB, DOWN_UP, DEFAULT_AB), ("native", "diffusers"),
-        "key", convention="the rank, as ComfyUI reads a file without it",
+        ("diffusion_model.", "model.diffusion_model."), (AB, DOWN_UP, DEFAULT_AB, OLD_DOWN_UP),
+        ("native", "diffusers"), "key", convention="the rank, as ComfyUI reads a file without it",
     ),
     "kohya": Format(  # and, in this order, VideoX-Fun, OneTrainer, SimpleTuner
         ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_"), (DOWN_UP, AB),
@@ -70,7 +70,9 @@ FORMATS = {
     ),
     "peft": Format(("base_model.model.",), (AB, DEFAULT_AB), ("diffusers", "native"), "config"),
     "diffusers-old": Format(("transformer.", ""), (OLD_DOWN_UP,), ("diffusers",), "metadata", folded=True),
-    "diffusers": Format(("transformer.", ""), (AB, DEFAULT_AB), ("diffusers", "native"), "metadata"),
+    "diffusers": Format(
+        ("transformer.", ""), (AB, DEFAULT_AB, DOWN_UP), ("diffusers", "native"), "metadata"
+    ),
 }  # fmt: skip
 
 # What wraps a layer's name without meaning anything: torch's data parallel, torch.compile.

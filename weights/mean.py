@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from weights.formats import TOKENS_NOTE, Adapter, Update
+from weights.formats import PLACE_NOTE, TOKENS_NOTE, Adapter, Update
 
 
 def mean_adapter(
@@ -25,7 +25,8 @@ def mean_adapter(
     for adapter in adapters:
         if adapter.known.family != first.family:
             raise ValueError(f"{adapter.path}: is of another backbone than {first.path}")
-        for name, note in ({TOKENS_NOTE: "all"} | adapter.notes).items():
+        unsaid = {TOKENS_NOTE: "all", PLACE_NOTE: first.family.ref_position}
+        for name, note in (unsaid | adapter.notes).items():
             if notes.setdefault(name, note) != note:
                 raise ValueError(f"{adapter.path}: has {name} {note}, others {notes[name]}: no mean of these")
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter.updates):

@@ -32,6 +32,8 @@ def read_pieces(path: str | Path, unk: int = UNK) -> SentencePieceProcessor:
             pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a SentencePiece model, or cut short ({error})") from error
+    if unk != UNK and any(pieces.is_byte(i) for i in range(pieces.get_piece_size())):
+        pieces = SentencePieceProcessor(model_proto=_without_byte_fallback(pieces))
     if unk == UNK and "Ａ" in pieces.normalize("Ａ"):  # the rules that make it an A stand at the file's end
         raise ValueError(f"{path}: cut short, its normalization rules are missing. Download it again.")
     found = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
@@ -67,9 +69,26 @@ def _serialised(content: dict) -> tuple[bool, bytes]:
         if i not in extra:
             kind = UNKNOWN if i == unknown else CONTROL if i in special else NORMAL if piece else UNUSED
             pieces.append(_piece(piece or f"<empty_{i}>", score, kind))  # two of UMT5 are lost in JSON
+    return True, _model(pieces)
+
+
+def _without_byte_fallback(pieces: SentencePieceProcessor) -> bytes:
+    """UMT5's vocabulary as transformers, and so Wan's vendor and diffusers, read it from tokenizer.json.
+
+    A letter that it lacks is unknown to them, not the bytes that it consists of.
+    """
+    kinds = ((pieces.is_unknown, UNKNOWN), (pieces.is_control, CONTROL), (pieces.is_unused, UNUSED))
+    found = []
+    for i in range(pieces.get_piece_size()):
+        kind = next((kind for is_one, kind in kinds if is_one(i)), NORMAL)
+        found.append(_piece(pieces.id_to_piece(i), pieces.get_score(i), kind))
+    return _model(found)
+
+
+def _model(pieces: list[bytes]) -> bytes:
     trainer = _varint(3, 1)  # model_type: unigram
     rules = _bytes(1, b"identity") + _varint(3, 1) + _varint(4, 1) + _varint(5, 1)  # SentencePiece's spaces
-    return True, b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, rules)
+    return b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, rules)
 
 
 def _piece(piece: str, score: float, kind: int) -> bytes:

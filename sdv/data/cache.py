@@ -6,6 +6,7 @@ or not at all; one that is damaged all the same is removed, and its entries are 
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +25,7 @@ from sdv.seeds import generator
 
 VERSION = 2  # of the way from a file to an entry: to be raised when that changes
 SHARD_BYTES = 2**28
+TORN_SECONDS = 3600  # since a file was last written to: after them nobody is still writing it
 AHEAD = 4  # rows decoded while another one is encoded
 
 
@@ -36,6 +38,10 @@ class Shards:
         if not folder.is_dir():  # one that is there may be for reading only
             make_folder(folder)
         self.damaged = 0
+        for torn in folder.glob(".*.tmp"):  # by a process that was killed
+            with suppress(OSError):  # the disk may be read-only
+                if time.time() - torn.stat().st_mtime > TORN_SECONDS:
+                    torn.unlink()
         self.refresh()
 
     def refresh(self) -> None:
@@ -136,22 +142,26 @@ class Cache:
     def fill(
         self, sources: Sequence[Rows], prompts: Iterable[str], load: Callable[[], Networks],
         rank: int = 0, world: int = 1, wait: Callable[[], object] = lambda: None,
+        from_first: Callable[[set[str]], set[str]] = lambda value: value,
     ) -> str:  # fmt: skip
         """Encode this rank's share of what is missing; says what was done. `load` is called only if needed.
 
-        What has been encoded stays when a bad file ends it. `wait` returns when all ranks have come to it.
+        What has been encoded stays when a bad file ends it. `wait` returns when all ranks have come to it;
+        from_first gives all of them the first one's value.
         OSError if something is missing and the folder cannot be written; else it need not be.
         """
         self.hashes.learn({file for rows in sources for row in rows.rows for file in row.files})
+        # All ranks cut the same list, whatever another run has written between their looks into the folder.
+        there = from_first(set(self.shards.where))
         entries, jobs = set(), []
         for rows in sources:
             for index, row in enumerate(rows.rows):
                 fields = {f: name for f, name in self.names(rows, row).items() if name not in entries}
                 entries |= set(fields.values())
-                if missing := {f: name for f, name in fields.items() if name not in self.shards}:
+                if missing := {f: name for f, name in fields.items() if name not in there}:
                     jobs.append(Job(rows, index, missing))
         texts = {self.text_name(prompt): prompt for prompt in sorted(prompts)}  # the same order everywhere
-        new_texts = [(name, prompt) for name, prompt in texts.items() if name not in self.shards]
+        new_texts = [(name, prompt) for name, prompt in texts.items() if name not in there]
         new = sum(len(job.fields) for job in jobs)
         said = f"cache: new are {new} of {len(entries)} latents and {len(new_texts)} of {len(texts)} prompts"
         if self.shards.damaged:
@@ -163,7 +173,6 @@ class Cache:
                 f"{self.shards.folder}: cannot be written, but {new} of {len(entries)} latents and "
                 f"{len(new_texts)} of {len(texts)} prompts are missing; give another --cache"
             )
-        wait()  # all ranks cut the same list: nobody writes before everybody has looked
         if jobs or new_texts:
             networks = load()
             try:
@@ -172,8 +181,8 @@ class Cache:
                 self._encode(jobs[rank::world], networks.video, rank)
             finally:
                 self.shards.flush()
-            wait()
-            self.shards.refresh()
+        wait()
+        self.shards.refresh()
         return said
 
     def _encode(self, jobs: list[Job], encode: Callable[[Tensor], Tensor], rank: int) -> None:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and are known by what is in them."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,6 +30,22 @@ def make_folder(path: Path) -> None:
         raise unwritable(path, error) from error
     if not os.access(path, os.W_OK):
         raise PermissionError(f"{path}: may not be written in; name another folder")
+
+
+def lock(path: Path, problem: str) -> BinaryIO:
+    """Open a file, for this process alone as long as it is open. ValueError if another one has it.
+
+    On a disk without locks everybody gets it.
+    """
+    make_folder(path.parent)
+    file = open(path, "a+b")  # noqa: SIM115 (whoever holds it closes it)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, and may outlive a kill
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"{path.parent}: {problem}; wait, or give a new folder") from error
+    except OSError:
+        pass
+    return file
 
 
 def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
@@ -95,19 +113,31 @@ def content_hash(path: str | Path) -> str:
 
 
 def sampled_hash(path: Path, pieces: int = 256, size: int = 4096) -> str:
-    """A name made of a file's length and of pieces of it, evenly spread: of gigabytes in no time.
+    """A name made of a file's length and of pieces of it: of gigabytes in no time.
 
-    Checkpoints of different weights differ in most layers, and so in such pieces.
+    They are evenly spread, and one is from the middle of each tensor: who changes a matrix changes all of it.
     """
     length = path.stat().st_size
     if length <= pieces * size:
         return content_hash(path)
+    places = [(length - size) * i // (pieces - 1) for i in range(pieces)]
     hashed = hashlib.sha256(str(length).encode())
     with open(path, "rb") as file:
-        for i in range(pieces):
-            file.seek((length - size) * i // (pieces - 1))
+        for place in sorted(places + _middles(file)):
+            file.seek(place)
             hashed.update(file.read(size))
     return hashed.hexdigest()
+
+
+def _middles(file: BinaryIO) -> list[int]:
+    """Of the tensors in a safetensors file; none of another one, or of a damaged one, which loading tells."""
+    size = int.from_bytes(file.read(8), "little")
+    try:
+        header = parse_json(file.read(min(size, 2**27)))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        return [8 + size + (start + end) // 2 for start, end in spans]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 class Hashes:

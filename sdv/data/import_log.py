@@ -4,7 +4,6 @@ The next run goes on from the last whole line and ends with the folder of one ne
 number of workers; metadata.jsonl comes last.
 """
 
-import fcntl
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdv.data.files import make_folder, parse_json, unwritable, write_text
+from sdv.data.files import lock, parse_json, unwritable, write_text
 from sdv.seeds import SUBSET, generator
 
 CHUNK = 32  # candidates of one source that a worker gets at once
@@ -169,13 +168,7 @@ def _locked(out: Path) -> BinaryIO:
     others = out.iterdir() if out.is_dir() and not path.exists() else ()
     if any(not other.name.startswith(".") for other in others):
         raise ValueError(f"{out}: holds files that no import wrote; give a new folder")
-    make_folder(out)
-    file = open(path, "a+b")  # noqa: SIM115 (the log closes it)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, and may outlive a kill
-    except OSError as error:
-        raise ValueError(f"{out}: another import is writing there; wait, or give a new folder") from error
-    return file
+    return lock(path, "another import is writing there")
 
 
 def finish(out: Path, total: int, outcomes: Sequence[Outcome], kind: str) -> int:

@@ -1,5 +1,7 @@
 """Rows -> seeded batches that resume from one integer."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
@@ -29,6 +31,7 @@ def batches(
     """
     if batch_size < 1 or min(seed, start, rank, world - 1 - rank) < 0:
         raise ValueError(f"{batch_size=}, {seed=}, {start=}, {rank=}, {world=}: out of range")
+    atexit.register(_end_workers)
     slices = (
         range((b * world + rank) * batch_size, (b * world + rank + 1) * batch_size) for b in count(start)
     )
@@ -40,12 +43,18 @@ def batches(
         worker_init_fn=_ignore_sigterm,
         generator=torch.Generator(),  # else torch's own generator moves on, and a resume would not be exact
     )
-    return (_ready(batch, device) for batch in loader)
+    return _ready_batches(loader, device)
 
 
 def _ignore_sigterm(worker: int) -> None:
     """A SIGTERM to all processes of a run is for the trainer: it needs its workers until it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At exit, also after an error, multiprocessing would send them a SIGTERM and wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def locate(seed: int, k: int, n: int) -> tuple[int, int]:
@@ -77,8 +86,18 @@ def _collate(items: list[dict | str]) -> dict | str:
     return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
-def _ready(batch: dict | str, device: torch.device | str) -> dict:
-    if isinstance(batch, str):
-        raise ValueError(batch)
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    return to_float(moved)
+def _ready_batches(loader: DataLoader, device: torch.device | str) -> Iterator[dict]:
+    found = iter(loader)
+    while True:
+        try:
+            batch = next(found)
+        except (RuntimeError, ConnectionError) as error:  # as torch or the broken pipe is first
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"a process that decodes was ended ({error}): give fewer --workers, or it more memory "
+                "(also in /dev/shm)"
+            ) from error
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        yield to_float({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sdv.data import media
 from sdv.data.captions import clean_caption, to_utf8
-from sdv.data.files import parse_json
+from sdv.data.files import digest, parse_json
 from sdv.data.pixels import from_uint8, resize
 from sdv.seeds import generator
 
@@ -165,6 +165,11 @@ class Rows(Dataset):
     def prompt(self, row: Row) -> str:
         """What the text encoder is given."""
         return row.prompt
+
+    def summary(self) -> str:
+        """How many, and a name made of their files' names and prompts: other rows have another."""
+        named = [[row.origin, [file.name for file in row.files], row.prompt] for row in self.rows]
+        return f"{len(named)} rows, {digest(named)[:8]}"
 
     def __getitem__(self, index: int) -> dict:
         return to_float(self.load(index, generator(index)))

@@ -111,6 +111,7 @@ class WanDiT(nn.Module):
     visual_targets = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.out", "ff.up", "ff.down")
     lora_targets = (*visual_targets, "cross.k", "cross.v")
     ref_positions = ("leading", "shared", "far", "beside")
+    ref_position = WanConfig.ref_position  # if a checkpoint does not say another one
     # What stays in float32 when the rest is loaded as bf16: the path of the time, and all norms.
     in_float32 = ("time_in", "time_out", "modulation", "norm_q", "norm_k", "norm_cross")
 

@@ -1,5 +1,6 @@
 """The model card beside a saved adapter: what it was made of, and how it is used."""
 
+import shlex
 from pathlib import Path
 
 USE = """\
@@ -48,7 +49,7 @@ one picture of any subject and a prompt make a video of that subject. Trained by
 Trained by
 
 ```
-{" ".join(command)}
+{shlex.join(command)}
 ```
 
 ## Use

@@ -48,7 +48,7 @@ def _shot(manifest: Path, number: int, line: bytes) -> Shot:
             f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
             f'and "seed" ({error!r:.80})'
         ) from error
-    prompt = clean_caption(prompt, f"{manifest}:{number}: prompt")
+    prompt = prompt and clean_caption(prompt, f"{manifest}:{number}: prompt")  # "" is unconditional
     ref = (find_file(manifest.parent, ref) or manifest.parent / ref) if ref else None
     return Shot(prompt, ref, seed, manifest.parent / film if film else None)
 

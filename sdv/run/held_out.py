@@ -1,6 +1,7 @@
 """Rows that are never trained on: both tasks' losses on them, for validation and for the gradient probe."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from sdv.data.files import content_hash
 from sdv.data.rows import Rows
 from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss, draws_of
 from sdv.run.log import summary
@@ -36,13 +38,17 @@ def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
 
 
 def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
-    """ValueError if a file of the probe is also trained on."""
-    seen = {file.resolve() for rows in trained for row in rows.rows for file in row.files}
-    for file in (file for rows in held_out for row in rows.rows for file in row.files):
-        if file.resolve() in seen:
-            raise ValueError(
-                f"{file}: is held out (--val-pairs, --val-clips) and trained on; leave it in one"
-            )
+    """ValueError if a file of the probe is also trained on, under whatever name: by links, or as a copy."""
+    seen = defaultdict(set)  # by size
+    for file in {file for rows in trained for row in rows.rows for file in row.files}:
+        seen[file.stat().st_size].add(file)
+    for file in {file for rows in held_out for row in rows.rows for file in row.files}:
+        for other in seen.get(file.stat().st_size, ()):
+            if file.samefile(other) or content_hash(file) == content_hash(other):
+                raise ValueError(
+                    f"{file}: is held out (--val-pairs, --val-clips) and, as {other}, trained on; leave it "
+                    "in one"
+                )
 
 
 def fixed_draws(stream: int, task: int, micro: int, size: int) -> Draws:
@@ -87,5 +93,7 @@ def validate(held_out: Sequence[Callable[[], Losses]], train_steps: int) -> dict
         for first in range(0, len(held_out), world):
             mine = held_out[min(first + rank, len(held_out) - 1)]()
             each, t = (gather(x[None])[: len(held_out) - first].flatten() for x in mine[1:])
+            if not each.isfinite().all():
+                raise FloatingPointError("a held-out loss is not finite: the model diverged")
             found.append((each, t))
     return summary(*(torch.cat(column) for column in zip(*found, strict=True)), train_steps)

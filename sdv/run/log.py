@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -61,16 +62,19 @@ def peak_memory(device: str) -> float:
 
 
 class RunLog:
-    """Rows of numbers into JSONL files of a folder and, if asked, into TensorBoard. Rank 0 alone writes."""
+    """Rows of numbers into JSONL files of a folder and, if asked, into TensorBoard. Rank 0 alone writes.
 
-    def __init__(self, folder: Path, tensorboard: bool):
-        self.folder, self.writes, self.board = folder, ranks()[0] == 0, None
+    first: the step from which the run goes on. held: what makes the folder this run's.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, first: int = 0, held: BinaryIO | None = None):
+        self.folder, self.writes, self.board, self.held = folder, ranks()[0] == 0, None, held
         if tensorboard and self.writes:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError("--tensorboard: pip install -e '.[tensorboard]' first") from error
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def write(self, name: str, row: dict) -> None:
         """Append a row with a "step" to NAME.jsonl."""
@@ -84,11 +88,17 @@ class RunLog:
             raise unwritable(path, error) from error
         if self.board is not None:
             place = "/".join([name, *([row["task"]] if "task" in row else [])])
-            for field, value in row.items():
+            parts = {f"quarter {i + 1}": value for i, value in enumerate(row.get("quarters", ()))}
+            parts |= {field: value[0] for field, value in row.get("whole", {}).get("all", {}).items()}
+            for field, value in (row | parts).items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{place}/{field}", value, row["step"])
 
 
 def read_log(folder: Path, name: str) -> list[dict]:
     """The rows of NAME.jsonl; a last line that is still being written is left out."""
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().split("\n")[:-1]]
+    file = folder / f"{name}.jsonl"
+    try:
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); delete the line") from error

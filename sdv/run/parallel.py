@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
 # That ranks wait for each other: one may have more to encode for the cache, or to film, than the others.
 PATIENCE = timedelta(hours=1)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -64,15 +66,35 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class Stopped(Exception):
+    """A SIGTERM has come: what is not finished is to be left."""
+
+
 @contextmanager
-def sigterm_noted(device: str) -> Iterator[Callable[[], bool]]:
-    """In it SIGTERM ends nothing: the function that it gives says whether any rank has got one."""
+def sigterm_noted(device: str) -> Iterator[Callable[[], None]]:
+    """In it SIGTERM ends nothing: the function that it gives raises Stopped once any rank has got one.
+
+    All ranks have to call it equally often.
+    """
     got = []
+
+    def stop_if_asked() -> None:
+        if gather(torch.tensor([bool(got)], device=device)).any() if ranks()[1] > 1 else got:
+            raise Stopped
+
     before = signal.signal(signal.SIGTERM, lambda *_: got.append(True))
     try:
-        yield lambda: bool(gather(torch.tensor([bool(got)], device=device)).any())
+        yield stop_if_asked
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def from_first(value: T) -> T:
+    """The first rank's value, on every rank."""
+    box = [value]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def shard(dit: nn.Module) -> None:

@@ -57,6 +57,8 @@ def name_of(run: str | Path) -> str:
     if not config.is_file():
         return Path(run).name
     settings = json.loads(config.read_text())
+    if "p_video" not in settings:
+        raise ValueError(f"{config}: is not of a run of train.py")
     mode = settings.get("pcgrad", "none")
     surgery = "" if mode == "none" else f", PCGrad {mode}"
     return f"{Path(run).name}: p = {settings['p_video']:g}{surgery}, seed {settings['seed']}"

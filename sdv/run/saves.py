@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
 
-from sdv.data.files import make_folder, parse_json, write_text, write_whole
+from sdv.data.files import lock, parse_json, write_text, write_whole
 
 
 def saves(out: Path) -> list[Path]:
@@ -80,11 +81,14 @@ def _settings(out: Path) -> dict:
         raise ValueError(f"{file}: damaged ({error}); what the run was asked for is not known") from error
 
 
-def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
-    """Make the folder of a new run, or note that one goes on. FileExistsError if it holds a run."""
+def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> BinaryIO:
+    """Make the folder of a new run, or note that one goes on. It is this process's while the result is open.
+
+    FileExistsError if it holds a run, ValueError if another process has it.
+    """
     if saves(out) and not resume:
         raise FileExistsError(f"{out}: holds a run, {saves(out)[-1].name}; give --resume or another --out")
-    make_folder(out)
+    held = lock(out / ".lock", "another run is writing there")
     parts = _settings(out).get("parts", []) if resume else []
     if not resume:
         (out / "metrics.jsonl").write_text("")
@@ -92,6 +96,7 @@ def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> None:
             (out / f"{name}.jsonl").unlink(missing_ok=True)
     text = json.dumps(settings | {"parts": [*parts, provenance]}, indent=2)
     write_text(out / "config.json", text)
+    return held
 
 
 def require_same(out: Path, settings: dict, defaults: dict, renamed: dict[str, str]) -> None:
@@ -105,7 +110,10 @@ def require_same(out: Path, settings: dict, defaults: dict, renamed: dict[str, s
     before |= {new: before[old] for old, new in renamed.items() if old in before}
     changed = [f"{n} was {before.get(n)!r}, is {v!r}" for n, v in now.items() if before.get(n) != v]
     if changed:
-        raise ValueError(f"{out}: a resumed run keeps its settings; changed: {'; '.join(changed)}")
+        raise ValueError(
+            f"{out}: a resumed run keeps its settings and rows; changed: {'; '.join(changed)}. A new run can "
+            "begin from a save of this one: --adapter"
+        )
 
 
 def cut_back(path: Path, step: int) -> list[dict]:

@@ -47,7 +47,7 @@ Positive = Annotated[float, Range(0, open=True)]
 NotNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]  # 0: none
-Seed = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 Guidance = Annotated[float, Range(1)]  # on the text; 1: none
 Rate = Annotated[float, Range(0.01, 1000)]  # frames per second
 
