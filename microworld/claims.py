@@ -166,18 +166,18 @@ def verdict(claim: Claim, measure: str, found: Found) -> str:
         return "not run"
     a, b = (found[name][measure] for name in (claim.row, claim.than))
     if min(len(a), len(b)) < 3:
-        return f"{statistics.mean(a):.2f} against {statistics.mean(b):.2f}, fewer than three seeds"
+        return f"{statistics.mean(a):.3f} against {statistics.mean(b):.3f}, fewer than three seeds"
     gap = claim.sign * (statistics.mean(a) - statistics.mean(b))
     noise = spread(a) + spread(b)
     word = "shown" if gap > noise else "refuted" if gap < -noise else "not shown"
-    return f"{word} ({statistics.mean(a):.2f} against {statistics.mean(b):.2f})"
+    return f"{word} ({statistics.mean(a):.3f} against {statistics.mean(b):.3f})"
 
 
 def section(found: Found) -> str:
     """Rows and verdicts at one guidance."""
     lines = ["| row | seeds | " + " | ".join(MEASURES) + " |", "|---|---:|" + "---:|" * len(MEASURES)]
     for name in (name for name in ROWS if name in found):
-        cells = [studio.cell(found[name][measure], 2) for measure in MEASURES]
+        cells = [studio.cell(found[name][measure], 3) for measure in MEASURES]
         lines.append(f"| {name} | {len(found[name]['top1'])} | " + " | ".join(cells) + " |")
     lines += ["", "| claim | the paper | measure | verdict |", "|---|---|---|---|"]
     for claim in CLAIMS:
