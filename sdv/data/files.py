@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even that of FAT
+LARGEST_HEADER = 100_000_000  # bytes that a safetensors file may have
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -133,7 +134,7 @@ def _middles(file: BinaryIO) -> list[int]:
     """Of the tensors in a safetensors file; none of another one, or of a damaged one, which loading tells."""
     size = int.from_bytes(file.read(8), "little")
     try:
-        header = parse_json(file.read(min(size, 2**27)))
+        header = parse_json(file.read(size if size < LARGEST_HEADER else 0))
         spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
         return [8 + size + (start + end) // 2 for start, end in spans]
     except (ValueError, KeyError, TypeError, AttributeError):
