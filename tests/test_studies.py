@@ -27,10 +27,10 @@ def test_a_verdict_needs_a_gap_wider_than_the_seeds_and_each_guidance_has_its_ow
         start = f"| {claim.words} | {claim.paper} | {measure} | "
         return next(line for line in part.splitlines() if line.startswith(start)).removeprefix(start)
 
-    assert verdict(without, "top1") == "shown (0.60 against 0.10) |"
-    assert verdict(without, "colour") == "not shown (0.60 against 0.50) |"
-    assert verdict(guided, "top1") == "0.10 against 0.55, fewer than three seeds |"
-    assert f"| full recipe | 3 | 0.60 ± {statistics.stdev([0.5, 0.6, 0.7]):.2f}" in without
+    assert verdict(without, "top1") == "shown (0.600 against 0.100) |"
+    assert verdict(without, "colour") == "not shown (0.600 against 0.500) |"
+    assert verdict(guided, "top1") == "0.100 against 0.550, fewer than three seeds |"
+    assert f"| full recipe | 3 | 0.600 ± {statistics.stdev([0.5, 0.6, 0.7]):.3f}" in without
     assert "not run" in guided
 
 
