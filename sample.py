@@ -132,7 +132,7 @@ def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
     asked = cfg.negative is not None, cfg.dynamic_guidance
     cfg = with_model_defaults(cfg, layout)
     if cfg.guidance == 1 and any(asked):
-        raise ValueError("--negative and --dynamic-guidance are about guidance: --guidance 1 is none")
+        raise ValueError("--guidance 1 switches guidance off: leave out --negative and --dynamic-guidance")
     if cfg.dynamic_guidance and not isinstance(layout.schedule, VPrediction):
         raise ValueError("--dynamic-guidance is of CogVideoX's vendor: this model has none")
     layout.schedule.timesteps(cfg.steps)
@@ -166,7 +166,7 @@ def wanted(cfg: Config) -> list[Shot]:
             f"--ref-guidance {cfg.ref_guidance:g}: there is no reference to be guided by; give --ref"
         )
     if cfg.ref_guidance != 1 and (bare := sum(not shot.ref for shot in shots)):
-        print(f"{bare} of {len(shots)} films have no reference: --ref-guidance changes nothing of them")
+        print(f"{bare} of {len(shots)} films have no reference: --ref-guidance has no effect on them")
     return shots
 
 

@@ -440,14 +440,19 @@ def is_due(step: int, every: int, cfg: Config) -> bool:
 def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str], None]) -> None:
     """The gradient probe, held-out losses and films that are due; after the last step all of them."""
     rank, world = parallel.ranks()
-    if at.losses and is_due(step, cfg.probe_every, cfg):
-        probes = [lambda loss=loss: loss().value for losses in at.losses.values() for loss in losses]
+
+    def heeding(loss: Callable[[], Losses]) -> Callable[[], Losses]:
+        return lambda: run.stop_if_asked() or loss()
+
+    losses_of = {task: list(map(heeding, losses)) for task, losses in at.losses.items()}
+    if losses_of and is_due(step, cfg.probe_every, cfg):
+        probes = [lambda loss=loss: loss().value for losses in losses_of.values() for loss in losses]
         found = diagnostics.probe(run.dit, probes)
         if rank == 0:  # others have helped, and got nothing
             row = {"step": step} | found
             at.run_log.write("probes", row)
             tell(report.line(row))
-    for task, losses in at.losses.items() if is_due(step, cfg.val_every, cfg) else ():
+    for task, losses in losses_of.items() if is_due(step, cfg.val_every, cfg) else ():
         with diagnostics.untouched(run.dit):
             row = {"step": step, "task": task} | held_out.validate(losses, run.schedule.train_steps)
         at.run_log.write("validation", row)
@@ -471,16 +476,18 @@ def train(
 ) -> int:
     """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a SIGTERM.
 
-    A step or film that a SIGTERM interrupts is left: the grace that follows is for the save.
+    A step or look that a SIGTERM interrupts is given up: the grace that follows is for the save.
     """
-    reached, seen, (rank, _) = first, dict(run.seen), parallel.ranks()
+    reached, saved, seen, (rank, _) = first, first, dict(run.seen), parallel.ranks()
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=rank > 0)
     tell = bar.write if rank == 0 else say
     with parallel.sigterm_noted(cfg.device) as run.stop_if_asked, bar:
         try:
             for step in bar:
+                run.stop_if_asked()
                 if step > first and step % cfg.save_every == 0:
                     save(Path(cfg.out), step, run, cfg)
+                    saved = step
                 look(step, looks, run, cfg, tell)
                 start = time.perf_counter()
                 losses, norm = train_step(step, run, cfg)
@@ -494,13 +501,13 @@ def train(
                 reached, seen = step + 1, dict(run.seen)
         except parallel.Stopped:
             run.seen = seen  # the samples of a step that was not finished come again
-        if reached > first:
+        if reached > saved:
             save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
     run.stop_if_asked = lambda: None
     return reached
 
 
-def main() -> None:
+def main() -> int | None:
     cfg = settings.parse(Config, __doc__, renamed=RENAMED)
     refuse_conflicts(cfg)
     if not cfg.plan:  # which counts for a GPU on any machine
@@ -602,6 +609,11 @@ def main() -> None:
     reached = train(first, training, looks, history, cfg, say)
 
     # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.
+    if reached == 0 < cfg.steps:
+        say(
+            "stopped by SIGTERM before the first step was done: nothing to save; start again without --resume"
+        )
+        return 1
     if reached < cfg.steps:
         return say(f"stopped by SIGTERM after step {reached}; --resume goes on from there")
     look(reached, looks, training, cfg, say)

@@ -389,7 +389,24 @@ run(main)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: a process that decodes was ended")
+    assert done.stderr.splitlines()[-1].startswith("A process that decodes was ended: give fewer --workers")
+    busy = script.replace("        next(feed)\n\nrun", "        sum(range(10**6))\n\nrun")
+    done = subprocess.run([sys.executable, "-c", busy], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "give fewer" in done.stderr
     crash = script.replace("        next(feed)\n\nrun", "        raise KeyError\n\nrun")
     done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "KeyError" in done.stderr
+
+
+def test_workers_decode_before_the_first_batch_is_asked_for_and_their_own_errors_stay(dots):
+    import multiprocessing
+
+    class Broken(Pairs):
+        def load(self, index: int, rng: torch.Generator) -> dict:
+            raise RuntimeError("stack expects each tensor to be equal size")
+
+    before = len(multiprocessing.active_children())
+    feed = batches(Broken(dots, 16, 16), 2, 0, workers=1)
+    assert len(multiprocessing.active_children()) == before + 1
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker process 0"):
+        next(feed)

@@ -184,7 +184,7 @@ def test_a_large_file_is_known_by_each_of_its_tensors(tmp_path):
 def test_settings_that_would_do_nothing_are_refused(monkeypatch, tiny, tmp_path):
     base = {"--backbone": tiny, **SIZE, "--prompt": "a dog", "--steps": 1, "--out": tmp_path}
     for words in ({"--negative": "ugly"}, {"--dynamic-guidance": ""}):
-        with pytest.raises(ValueError, match="--guidance 1 is none"):
+        with pytest.raises(ValueError, match="--guidance 1 switches guidance off"):
             run(monkeypatch, sample, base | words | {"--guidance": 1})
 
 

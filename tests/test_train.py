@@ -432,12 +432,14 @@ def test_a_model_card_lies_beside_every_saved_adapter(monkeypatch, tiny, tmp_pat
     assert "4 pairs of pictures, 3 clips" in card and "rank 8, alpha 8" in card and "--p-video 0.5" in card
 
 
-@pytest.mark.parametrize("moment", [3, 4])
+@pytest.mark.parametrize("moment", [1, 3, 4, 5, 6, 7])
 def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatch, tiny, tmp_path, moment):
-    """Between the micro-batches of the second step, before its first or after it."""
-    same = {"--backbone": tiny, **RUN, "--accumulate": 2, "--pcgrad": "buffer-4"}
+    """It is asked for at the start of a step and before each of two micro-batches."""
+    same = {"--backbone": tiny, **RUN, "--accumulate": 2, "--pcgrad": "buffer-4", "--save-every": 2}
     run(monkeypatch, train, same | {"--out": tmp_path / "whole", "--steps": 4})
-    calls = []
+    calls, written = [], []
+    write_save = runs.write_save
+    monkeypatch.setattr(runs, "write_save", lambda *args: (written.append(args[1]), write_save(*args)))
 
     @contextmanager
     def noted(device):
@@ -450,8 +452,12 @@ def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "sigterm_noted", noted)
+        if moment <= 3:
+            patch.setattr(sys, "argv", ["train.py", *argv(same | {"--out": tmp_path / "none", "--steps": 4})])
+            assert train.main() == 1 and not written
+            return
         run(patch, train, same | {"--out": tmp_path / "stopped", "--steps": 4})
-    assert [save.name for save in (tmp_path / "stopped").glob("step-*")] == ["step-000001"]
+    assert written == [(moment - 1) // 3]  # once
     run(monkeypatch, train, same | {"--out": tmp_path / "stopped", "--steps": 4, "--resume": ""})
     assert_same(tmp_path / "whole", tmp_path / "stopped", 4)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
@@ -514,3 +520,21 @@ def test_a_model_that_has_diverged_is_said_by_the_look_at_it(monkeypatch, tiny, 
     ):
         with pytest.raises(FloatingPointError, match=match):
             run(monkeypatch, train, options | every | {"--out": tmp_path / str(every)})
+
+
+def test_a_run_of_an_earlier_version_goes_on(monkeypatch, tiny, tmp_path):
+    """Whose config.json lacks rows and cut, and has null where processes did not count."""
+    options = {"--backbone": tiny, **RUN, "--lora-dropout": 0.2, "--out": tmp_path}
+    run(monkeypatch, train, options | {"--steps": 1})
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = {name: value for name, value in config.items() if name not in ("rows", "cut")} | {"processes": None}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+    assert (tmp_path / "step-000002").is_dir()
+
+
+def test_training_refuses_held_out_copies(monkeypatch, tiny, tmp_path):
+    shutil.copytree(MEDIA / "clips", tmp_path / "clips")
+    unseen = {"--val-pairs": MEDIA / "pairs", "--val-clips": tmp_path / "clips"}
+    with pytest.raises(ValueError, match="is held out .* and trained on"):
+        run(monkeypatch, train, {"--backbone": tiny, **RUN, **unseen, "--out": tmp_path / "run"})

@@ -35,17 +35,16 @@ def films_of(listed: Path) -> list[Film]:
     return [Film(shot.file, shot.ref, shot.prompt, shot.seed) for shot in read_shots(listed)]
 
 
-def one_of_each(films: list[Film], listed: Path) -> dict[tuple[str, str, int], Path]:
-    """{what was asked for: the film}. ValueError if two films answer the same, made by other settings."""
-    made = {}
-    for film in films:
+def refuse_twins(films: list[Film], wanted: list[Film], listed: Path) -> None:
+    """ValueError if two films answer one of the wanted requests: made by other settings, they are no mean."""
+    asked, made = {film.asks for film in wanted}, {}
+    for film in (film for film in films if film.asks in asked):
         other = made.setdefault(film.asks, film.path)
         if other != film.path:
             raise ValueError(
                 f"{listed}: {other.name} and {film.path.name} have one prompt, reference and seed, and other "
                 "settings: give them folders of their own, or name the films in a --manifest"
             )
-    return made
 
 
 def read_films(folder: Path, manifest: Path | None = None) -> list[Film]:
@@ -57,10 +56,12 @@ def read_films(folder: Path, manifest: Path | None = None) -> list[Film]:
         raise FileNotFoundError(f"{folder}: no such folder of films")
     wanted = films_of(manifest or folder / "films.jsonl")
     if not all(film.path for film in wanted):
-        made = one_of_each(films_of(folder / "films.jsonl"), folder / "films.jsonl")
+        films = films_of(folder / "films.jsonl")
+        refuse_twins(films, [film for film in wanted if not film.path], folder / "films.jsonl")
+        made = {film.asks: film.path for film in films}
         wanted = [film._replace(path=film.path or made.get(film.asks)) for film in wanted]
     elif manifest is None:
-        one_of_each(wanted, folder / "films.jsonl")
+        refuse_twins(wanted, wanted, folder / "films.jsonl")
     lacking = [film for film in wanted if film.path is None or not film.path.is_file()]
     if lacking:
         first = lacking[0].path or f"of {lacking[0].prompt!r}, seed {lacking[0].seed}"

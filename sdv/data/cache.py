@@ -25,7 +25,7 @@ from sdv.seeds import generator
 
 VERSION = 2  # of the way from a file to an entry: to be raised when that changes
 SHARD_BYTES = 2**28
-TORN_SECONDS = 3600  # since a file was last written to: after them nobody is still writing it
+TORN_SECONDS = 3600  # a temporary file that nobody has written to for so long was left by a killed run
 AHEAD = 4  # rows decoded while another one is encoded
 
 

@@ -43,7 +43,7 @@ def lock(path: Path, problem: str) -> BinaryIO:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, and may outlive a kill
     except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"{path.parent}: {problem}; wait, or give a new folder") from error
+        raise ValueError(f"{path.parent}: {problem}; wait for it, or name another folder") from error
     except OSError:
         pass
     return file

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from sdv.data.rows import Rows, to_float
 from sdv.seeds import ORDER, VIEW, generator
 
+# How torch says that a worker was killed, by a RuntimeError wherever the main process happens to be.
+KILLED = "DataLoader worker (pid"
+
 
 def batches(
     dataset: Rows,
@@ -43,7 +46,7 @@ def batches(
         worker_init_fn=_ignore_sigterm,
         generator=torch.Generator(),  # else torch's own generator moves on, and a resume would not be exact
     )
-    return _ready_batches(loader, device)
+    return _ready_batches(iter(loader), device)  # its processes begin to decode now
 
 
 def _ignore_sigterm(worker: int) -> None:
@@ -53,6 +56,7 @@ def _ignore_sigterm(worker: int) -> None:
 
 def _end_workers() -> None:
     """At exit, also after an error, multiprocessing would send them a SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of each that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -86,18 +90,12 @@ def _collate(items: list[dict | str]) -> dict | str:
     return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
-def _ready_batches(loader: DataLoader, device: torch.device | str) -> Iterator[dict]:
-    found = iter(loader)
+def _ready_batches(collated: Iterator[dict | str], device: torch.device | str) -> Iterator[dict]:
     while True:
         try:
-            batch = next(found)
-        except (RuntimeError, ConnectionError) as error:  # as torch or the broken pipe is first
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise OSError(
-                f"a process that decodes was ended ({error}): give fewer --workers, or it more memory "
-                "(also in /dev/shm)"
-            ) from error
+            batch = next(collated)
+        except ConnectionError as error:  # its pipe is found broken before torch has seen it end
+            raise OSError(f"{KILLED} unknown): {error}") from error
         if isinstance(batch, str):
             raise ValueError(batch)
         yield to_float({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})

@@ -167,8 +167,8 @@ class Rows(Dataset):
         return row.prompt
 
     def summary(self) -> str:
-        """How many, and a name made of their files' names and prompts: other rows have another."""
-        named = [[row.origin, [file.name for file in row.files], row.prompt] for row in self.rows]
+        """How many, and a name made of their files' paths and prompts: other rows have another."""
+        named = [[list(map(str, row.files)), row.prompt] for row in self.rows]
         return f"{len(named)} rows, {digest(named)[:8]}"
 
     def __getitem__(self, index: int) -> dict:

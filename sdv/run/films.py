@@ -38,15 +38,15 @@ def read_shots(manifest: str | Path) -> list[Shot]:
 def _shot(manifest: Path, number: int, line: bytes) -> Shot:
     try:
         row = parse_json(line.decode())
-        prompt, seed = row["prompt"], row.get("seed", 0)
+        prompt, seed = row["prompt"], 0 if row.get("seed") is None else row["seed"]
         ref, film = row.get("reference_file_name"), row.get("file_name")
         texts = isinstance(prompt, str) and isinstance(ref, str | None) and isinstance(film, str | None)
         if not texts or type(seed) is not int or seed < 0:
             raise TypeError("texts and a number that is not negative")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
-            f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name" '
-            f'and "seed" ({error!r:.80})'
+            f'{manifest}:{number}: write an object with "prompt" and, if you like, "reference_file_name", '
+            f'"seed" and "file_name" ({error!r:.80})'
         ) from error
     prompt = prompt and clean_caption(prompt, f"{manifest}:{number}: prompt")  # "" is unconditional
     ref = (find_file(manifest.parent, ref) or manifest.parent / ref) if ref else None

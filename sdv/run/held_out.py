@@ -3,7 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -39,15 +39,15 @@ def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
 
 def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
     """ValueError if a file of the probe is also trained on, under whatever name: by links, or as a copy."""
-    seen = defaultdict(set)  # by size
+    seen, hashed = defaultdict(set), cache(content_hash)
     for file in {file for rows in trained for row in rows.rows for file in row.files}:
         seen[file.stat().st_size].add(file)
     for file in {file for rows in held_out for row in rows.rows for file in row.files}:
-        for other in seen.get(file.stat().st_size, ()):
-            if file.samefile(other) or content_hash(file) == content_hash(other):
+        for other in seen.get(file.stat().st_size, ()):  # only files of one size are read
+            if hashed(file) == hashed(other):
                 raise ValueError(
-                    f"{file}: is held out (--val-pairs, --val-clips) and, as {other}, trained on; leave it "
-                    "in one"
+                    f"{file}: is held out (--val-pairs, --val-clips) and trained on ({other}); remove it "
+                    "from one of the two folders"
                 )
 
 

@@ -97,8 +97,10 @@ class RunLog:
 
 def read_log(folder: Path, name: str) -> list[dict]:
     """The rows of NAME.jsonl; a last line that is still being written is left out."""
-    file = folder / f"{name}.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error}); delete the line") from error
+    file, rows = folder / f"{name}.jsonl", []
+    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: damaged ({error}); delete this line") from error
+    return rows

@@ -102,11 +102,12 @@ def begin(out: Path, settings: dict, provenance: dict, resume: bool) -> BinaryIO
 def require_same(out: Path, settings: dict, defaults: dict, renamed: dict[str, str]) -> None:
     """ValueError if a run that is to be resumed had other settings. renamed: {old name: new name}.
 
-    A setting that did not exist yet when the run began had its default.
+    A setting that did not exist yet when the run began, or did not count, had its default.
     """
     if not saves(out):
         raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
-    before, now = json.loads(json.dumps(defaults)) | _settings(out), json.loads(json.dumps(settings))
+    stored = {name: value for name, value in _settings(out).items() if value is not None}
+    before, now = json.loads(json.dumps(defaults)) | stored, json.loads(json.dumps(settings))
     before |= {new: before[old] for old, new in renamed.items() if old in before}
     changed = [f"{n} was {before.get(n)!r}, is {v!r}" for n, v in now.items() if before.get(n) != v]
     if changed:

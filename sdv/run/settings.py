@@ -21,6 +21,8 @@ from typing import Annotated, NamedTuple, NoReturn, TypeVar
 
 import torch
 
+from sdv.data.loader import KILLED
+
 T = TypeVar("T")
 CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
@@ -53,6 +55,8 @@ Rate = Annotated[float, Range(0.01, 1000)]  # frames per second
 
 OUT_OF_MEMORY = """sample.py needs less with --tiling, with --merge, and for fewer or smaller frames;
 train.py --plan says what each of its settings saves."""
+FEWER_WORKERS = """
+A process that decodes was ended: give fewer --workers, or more memory (also in /dev/shm)."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
@@ -159,10 +163,13 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
         status = CLOSED_PIPE
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"error: {str(error).splitlines()[0]}\n{OUT_OF_MEMORY}") from error
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        killed = KILLED in str(error)
+        if isinstance(error, RuntimeError) and not killed:
+            raise
+        raise SystemExit(f"error: {error}" + killed * FEWER_WORKERS) from error
     if status:
         raise SystemExit(status)
 
