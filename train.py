@@ -441,10 +441,10 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
     """The gradient probe, held-out losses and films that are due; after the last step all of them."""
     rank, world = parallel.ranks()
 
-    def heeding(loss: Callable[[], Losses]) -> Callable[[], Losses]:
-        return lambda: run.stop_if_asked() or loss()
+    def asking(loss: Callable[[], Losses]) -> Callable[[], Losses]:
+        return lambda: run.stop_if_asked() or loss()  # even the losses of one look can take a minute
 
-    losses_of = {task: list(map(heeding, losses)) for task, losses in at.losses.items()}
+    losses_of = {task: list(map(asking, losses)) for task, losses in at.losses.items()}
     if losses_of and is_due(step, cfg.probe_every, cfg):
         probes = [lambda loss=loss: loss().value for losses in losses_of.values() for loss in losses]
         found = diagnostics.probe(run.dit, probes)
@@ -610,9 +610,7 @@ def main() -> int | None:
 
     # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.
     if reached == 0 < cfg.steps:
-        say(
-            "stopped by SIGTERM before the first step was done: nothing to save; start again without --resume"
-        )
+        say("stopped by SIGTERM before the first step was done: nothing is saved; begin without --resume")
         return 1
     if reached < cfg.steps:
         return say(f"stopped by SIGTERM after step {reached}; --resume goes on from there")
