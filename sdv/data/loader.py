@@ -13,9 +13,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from sdv.data.rows import Rows, to_float
 from sdv.seeds import ORDER, VIEW, generator
 
-# How torch says that a worker was killed, by a RuntimeError wherever the main process happens to be.
-KILLED = "DataLoader worker (pid"
-
 
 def batches(
     dataset: Rows,
@@ -94,8 +91,8 @@ def _ready_batches(collated: Iterator[dict | str], device: torch.device | str) -
     while True:
         try:
             batch = next(collated)
-        except ConnectionError as error:  # its pipe is found broken before torch has seen it end
-            raise OSError(f"{KILLED} unknown): {error}") from error
+        except (EOFError, OSError) as error:  # its pipe is found broken before torch has seen it end
+            raise OSError(f"DataLoader worker (pid unknown): {error!r}") from error  # in torch's own words
         if isinstance(batch, str):
             raise ValueError(batch)
         yield to_float({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})

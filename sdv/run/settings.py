@@ -21,8 +21,6 @@ from typing import Annotated, NamedTuple, NoReturn, TypeVar
 
 import torch
 
-from sdv.data.loader import KILLED
-
 T = TypeVar("T")
 CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
@@ -55,6 +53,8 @@ Rate = Annotated[float, Range(0.01, 1000)]  # frames per second
 
 OUT_OF_MEMORY = """sample.py needs less with --tiling, with --merge, and for fewer or smaller frames;
 train.py --plan says what each of its settings saves."""
+# How torch says, by a RuntimeError wherever the main process happens to be, that a worker was killed.
+KILLED = "DataLoader worker (pid"
 FEWER_WORKERS = """
 A process that decodes was ended: give fewer --workers, or more memory (also in /dev/shm)."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
