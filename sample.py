@@ -129,9 +129,9 @@ def with_defaults(cfg: Config, layout: weights.Layout) -> Config:
     """Fill what was not given with the model's own values; refuse what cannot be before loading."""
     if cfg.negative:
         cfg = dataclasses.replace(cfg, negative=clean_caption(cfg.negative, "--negative"))
-    asked = cfg.negative is not None, cfg.dynamic_guidance
+    guides = cfg.negative is not None or cfg.dynamic_guidance
     cfg = with_model_defaults(cfg, layout)
-    if cfg.guidance == 1 and any(asked):
+    if cfg.guidance == 1 and guides:
         raise ValueError("--guidance 1 switches guidance off: leave out --negative and --dynamic-guidance")
     if cfg.dynamic_guidance and not isinstance(layout.schedule, VPrediction):
         raise ValueError("--dynamic-guidance is of CogVideoX's vendor: this model has none")

@@ -175,6 +175,11 @@ def notes(judges: Judges, films: Sequence[Film], measured: Iterable[str]) -> lis
     return lines
 
 
+def made_of(folder: Path) -> list[Path]:
+    """What the scores of a network depend on: its weights, settings and vocabulary."""
+    return [*weight_files(folder), *sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
+
+
 def main() -> None:
     args = arguments()
     check_device(args.device)
@@ -190,10 +195,7 @@ def main() -> None:
         frames=args.frames,
     )
     networks = {"vbench": [args.vbench], "code": CODE} | {
-        name: [*weight_files(folder), *sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
-        if folder
-        else []
-        for name, folder in (("clip", args.clip), ("dino", args.dino))
+        name: made_of(folder) if folder else [] for name, folder in (("clip", args.clip), ("dino", args.dino))
     }
     scores = Scores(args.out or args.films / "evaluation", networks, args.frames, [*films, *base])
     reels.check(scores.fresh([*films, *base]), args.frames)

@@ -73,7 +73,7 @@ def loss_picture(run_folder: Path) -> str:
     """Both tasks' losses over the steps, with a running mean, as a data address."""
     import matplotlib.figure
 
-    rows = read_log(run_folder, "metrics")
+    rows = read_log(run_folder / "metrics.jsonl")
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     for task, colour in (("identity", "#e08e0b"), ("motion", "#2670b5")):

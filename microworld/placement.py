@@ -41,7 +41,7 @@ class Config:
 
 def losses(folder: Path, after: int) -> dict[str, float]:
     """Each task's mean training loss after a step."""
-    late = [row for row in read_log(folder, "metrics") if row["step"] >= after]
+    late = [row for row in read_log(folder / "metrics.jsonl") if row["step"] >= after]
     return {
         f"{task} loss": statistics.mean(row["loss"] for row in late if row["task"] == task) for task in TASKS
     }

@@ -79,7 +79,7 @@ def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) 
             one = [g.contiguous() if source == rank else torch.empty(g.shape).to(g) for g in own]
             for g in one if world > 1 else ():
                 dist.broadcast(g, source)
-            if not all(g.isfinite().all() for g in one):
+            if not nn.utils.get_total_norm(one).isfinite():
                 raise FloatingPointError("the gradient of a held-out loss is not finite: the model diverged")
             if rank == 0:
                 kept.append(tuple(g.cpu() for g in one))

@@ -32,7 +32,7 @@ def read_pieces(path: str | Path, unk: int = UNK) -> SentencePieceProcessor:
             pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a SentencePiece model, or cut short ({error})") from error
-    if unk != UNK and any(pieces.is_byte(i) for i in range(pieces.get_piece_size())):
+    if unk != UNK and pieces.is_byte(pieces.piece_to_id("<0x00>")):  # byte fallback has all 256 or none
         pieces = SentencePieceProcessor(model_proto=_without_byte_fallback(pieces))
     if unk == UNK and "Ａ" in pieces.normalize("Ａ"):  # the rules that make it an A stand at the file's end
         raise ValueError(f"{path}: cut short, its normalization rules are missing. Download it again.")

@@ -181,8 +181,9 @@ class Cache:
                 self._encode(jobs[rank::world], networks.video, rank)
             finally:
                 self.shards.flush()
-        wait()
-        self.shards.refresh()
+            wait()
+        if not entries | texts.keys() <= self.shards.where.keys():  # others have written the rest
+            self.shards.refresh()
         return said
 
     def _encode(self, jobs: list[Job], encode: Callable[[Tensor], Tensor], rank: int) -> None:

@@ -95,12 +95,15 @@ class RunLog:
                     self.board.add_scalar(f"{place}/{field}", value, row["step"])
 
 
-def read_log(folder: Path, name: str) -> list[dict]:
-    """The rows of NAME.jsonl; a last line that is still being written is left out."""
-    file, rows = folder / f"{name}.jsonl", []
-    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+def read_log(path: Path) -> list[dict]:
+    """The rows of a JSONL file that `write` has made; a last line that is not whole yet is left out."""
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: damaged ({error}); delete this line") from error
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise TypeError("step is no number")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: damaged ({error!r}); delete this line") from error
     return rows

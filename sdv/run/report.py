@@ -45,7 +45,7 @@ def read(run: str | Path) -> list[dict]:
     path = Path(run) / "probes.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no probes; train with --val-pairs and --val-clips")
-    rows = read_log(path.parent, "probes")
+    rows = read_log(path)
     if not rows:
         raise ValueError(f"{path}: no probe is finished yet; wait for the first")
     return rows
@@ -92,7 +92,7 @@ def line(row: dict) -> str:
 def cost(run: str | Path) -> str:
     """What the probes of a run took beside its training steps."""
     rows = read(run)
-    training = sum({row["step"]: row["seconds"] for row in read_log(Path(run), "metrics")}.values())
+    training = sum({row["step"]: row["seconds"] for row in read_log(Path(run) / "metrics.jsonl")}.values())
     probing = sum(row["seconds"] for row in rows)
     share = f", {probing / training:.1%} of the training time" if training else ""
     return f"{len(rows)} probes took {probing:.1f} s{share}"

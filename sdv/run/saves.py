@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from sdv.data.files import lock, parse_json, write_text, write_whole
+from sdv.run.log import read_log
 
 
 def saves(out: Path) -> list[Path]:
@@ -121,13 +122,7 @@ def cut_back(path: Path, step: int) -> list[dict]:
     """Leave a JSONL file the rows of the steps before this one; a killed process may have torn the last."""
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            rows += [row] if row["step"] < step else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: damaged ({error!r}); delete this line") from error
+    rows = [row for row in read_log(path) if row["step"] < step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_text(path, text)
     return rows
