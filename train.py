@@ -479,7 +479,8 @@ def train(
     A step or look that a SIGTERM interrupts is given up: the grace that follows is for the save.
     """
     reached, saved, seen, (rank, _) = first, first, dict(run.seen), parallel.ranks()
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=rank > 0)
+    hidden = rank > 0 or None  # None: unless a terminal shows it, since a log file has a line for each step
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=hidden)
     tell = bar.write if rank == 0 else say
     with parallel.sigterm_noted(cfg.device) as run.stop_if_asked, bar:
         try:

@@ -113,7 +113,7 @@ def main() -> None:
         writer.writerow(COLUMNS)
         for row in results(args.rounds):
             writer.writerow([*row, f"{platform.machine()}, 1 thread", versions, datetime.date.today()])
-            print("{:21} {:4} {:9} {:>6} {:>6} us  {}".format(*row), flush=True)
+            print("{:21} {:4} {:9} {:>6} {:>6} us  {}".format(*row))
 
 
 if __name__ == "__main__":

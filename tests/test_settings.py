@@ -1,5 +1,6 @@
 """Settings: ranges, conflicts, old names, help. A refusal is one line, before any file is read."""
 
+import select
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,18 @@ def test_too_little_memory_is_told_with_what_needs_less():
 
     with pytest.raises(SystemExit, match=r"Tried to allocate 20 GiB\.\n.*--tiling"):
         call(full)
+
+
+def test_a_line_is_in_a_log_file_as_soon_as_it_is_said(monkeypatch):
+    """A step can take two minutes, and Python keeps 8 KB of lines back where no terminal reads them."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    script = "import sys; from sdv.run.settings import run\n"
+    script += "run(lambda: print('a step') or int(sys.stdin.read()))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes) as child:
+        said = bool(select.select([child.stdout], [], [], 120)[0]) and child.stdout.readline()
+        child.communicate("0")
+    assert (said, child.returncode) == ("a step\n", 0)
 
 
 def test_old_names_are_read_for_this_version_with_a_line(capsys):

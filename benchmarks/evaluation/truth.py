@@ -267,7 +267,7 @@ def main() -> None:
             for what, figure, value, cases in part:
                 machine = f"{platform.machine()}, torch {torch.__version__}"
                 writer.writerow([what, figure, f"{value:.3f}", cases, machine, datetime.date.today()])
-                print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}", flush=True)
+                print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def check(args: argparse.Namespace) -> int:
     bad = len(problems)
     with ThreadPoolExecutor(args.workers) as pool:  # decoding leaves Python's lock
         for good, verdict in pool.map(partial(_verdict, args=args), rows):
-            print(f"{'ok ' if good else 'BAD'}  {verdict}", flush=True)
+            print(f"{'ok ' if good else 'BAD'}  {verdict}")
             bad += not good
     if not (Path(args.folder) / "metadata.jsonl").is_file() and (others := left_out(Path(args.folder))):
         print(f"left out, no {' '.join(sorted(ENDINGS))}: {', '.join(others)}")

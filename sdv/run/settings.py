@@ -152,11 +152,12 @@ def _flag(name: str) -> str:
 def run(main: Callable[[], int | None]) -> None:
     """Call a command. Bad input, or a loss that is not finite, ends it with one line, not a traceback.
 
-    A letter that the console cannot show is written as its number, and a closed pipe (`| head`) is no error.
+    A letter that the console cannot show is written as its number, a closed pipe (`| head`) is no error, and
+    a line is in a log file as soon as it is said.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         status = main()
         sys.stdout.flush()
