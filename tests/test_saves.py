@@ -11,7 +11,7 @@ import weights
 from helpers import full_disk, toy
 from sdv.data.files import save_safetensors, write_whole
 from sdv.run import saves
-from sdv.run.log import RunLog
+from sdv.run.log import RunLog, log_line
 
 QUIET = []
 
@@ -189,3 +189,10 @@ def test_a_damaged_row_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="metrics.jsonl:2: damaged"):
         saves.cut_back(file, 3)
     assert file.read_bytes().count(b"\n") == 3
+
+
+def test_a_line_of_the_log_says_how_long_the_rest_takes():
+    """60 steps are left, of one minute or two by turns."""
+    row = {"task": "motion", "loss": 1.0, "quarters": [1.0] * 4, "grad_norm": 0.1, "memory_gb": 1.0}
+    rows = [row | {"step": step, "seconds": (60.0, 120.0)[step % 2]} for step in range(200)]
+    assert log_line(rows, 260).endswith("| 120.00 s, 1:30:00 left")

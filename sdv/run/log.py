@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sdv.data.files import unwritable
 from sdv.objectives import TASKS, Losses
@@ -41,15 +42,16 @@ def by_quarter(rows: list[dict]) -> str:
 
 
 def log_line(rows: list[dict], steps: int) -> str:
-    """The newest row, then means over the last 100: of each task, and of this task by timestep quarter."""
+    """The newest row; over the last 100 the means of each task, and of this one by quarter; the time left."""
     now, recent = rows[-1], rows[-100:]
     losses = {task: [r["loss"] for r in recent if r["task"] == task] for task in TASKS}
     own = [row for row in recent if row["task"] == now["task"]]
     means = " ".join(f"{task} {mean_text(values)}" for task, values in losses.items())
-    cost = f"grad {now['grad_norm']:.3f} | {now['seconds']:.2f} s | {now['memory_gb']:.1f} GB"
+    left = (steps - 1 - now["step"]) * sum(row["seconds"] for row in recent) / len(recent)
+    cost = f"grad {now['grad_norm']:.3f} | {now['memory_gb']:.1f} GB | {now['seconds']:.2f} s"
     return (
         f"step {now['step'] + 1:>5}/{steps} {now['task']:<8} loss {now['loss']:.4f} | mean {means} "
-        f"| by t {by_quarter(own)} | {cost}"
+        f"| by t {by_quarter(own)} | {cost}, {tqdm.format_interval(left)} left"
     )
 
 
