@@ -161,11 +161,12 @@ def wanted(cfg: Config) -> list[Shot]:
         ref = Path(cfg.ref) if cfg.ref else None
         prompts = [prompt and clean_caption(prompt, "--prompt") for prompt in cfg.prompt]
         shots = [Shot(prompt, ref, seed) for prompt in prompts for seed in cfg.seed or (0,)]
-    if cfg.ref_guidance != 1 and not any(shot.ref for shot in shots):
+    bare = sum(not shot.ref for shot in shots)
+    if cfg.ref_guidance != 1 and bare == len(shots):
         raise ValueError(
             f"--ref-guidance {cfg.ref_guidance:g}: there is no reference to be guided by; give --ref"
         )
-    if cfg.ref_guidance != 1 and (bare := sum(not shot.ref for shot in shots)):
+    if cfg.ref_guidance != 1 and bare:
         print(f"{bare} of {len(shots)} films have no reference: --ref-guidance has no effect on them")
     return shots
 
@@ -178,7 +179,7 @@ def main() -> None:
     dtype, out = getattr(torch, cfg.dtype), Path(cfg.out)
 
     # 1. Whatever can be wrong with the input is found before the weights are read: the sizes, the pictures,
-    #    and the adapter, which is tried on a model without memory.
+    #    and the adapter, which is tried on a model that has shapes and no numbers.
     shots = wanted(cfg)
     settings.check_device(cfg.device)
     layout = weights.open_backbone(cfg.backbone)
@@ -198,8 +199,8 @@ def main() -> None:
             print("no --ref: text-to-video, by the base with its adapter")
     elif pictures:
         print("no --adapter: the base alone has not learned to look at a reference")
-    unlike = [cfg.negative] if cfg.negative and cfg.guidance != 1 else []
-    prompts = dict.fromkeys([*(shot.prompt for shot in shots), *unlike])
+    negative = [cfg.negative] if cfg.negative and cfg.guidance != 1 else []
+    prompts = dict.fromkeys([*(shot.prompt for shot in shots), *negative])
     cut = say_cut(((f"{prompt:.30}...", prompt) for prompt in prompts), *weights.token_counter(layout))
     if cut:
         print(cut)

@@ -54,13 +54,13 @@ class Method:
     coin: Literal["step", "micro"] = "step"  # tossed once a step (paper) or for each micro-batch
     ref_frame: Literal["random", "first"] = "random"  # reference of a motion step (paper: random)
     ref_shift: Share = 0.0  # moves that reference by up to this share of its sides (paper: not at all)
-    dropout: Literal["whole", "tokens"] = "whole"  # on motion steps, of what (authors: whole; text: tokens)
+    dropout: Literal["whole", "tokens"] = "whole"  # what motion steps drop (authors: whole; text: tokens)
     p_drop: Share = 0.5  # probability of that image-token dropout (paper: 0.5)
-    view_drop: Share = 0.0  # of dropping the whole reference on identity steps (paper: 0; supplement: 0.5)
-    text_drop: Share = 0.0  # of replacing a prompt by the empty one, in both tasks (paper: none)
-    cls_token: str = "<cls> "  # put before the prompt of identity steps (paper: yes)
+    view_drop: Share = 0.0  # that identity steps drop the whole reference (paper: 0; supplement: 0.5)
+    text_drop: Share = 0.0  # probability of an empty prompt instead, in both tasks (paper: 0)
+    cls_token: str = "<cls> "  # before the prompt of identity steps (authors: so; paper: before the noun)
     ref_position: str = ""  # where the reference sits beside the video; the model's own if not given
-    t_shift: Positive = 1.0  # above 1, at noisier times: u -> s u / (1 + (s - 1) u) (paper: 1)
+    t_shift: Positive = 1.0  # above 1: trains at noisier times, u -> s u / (1 + (s - 1) u) (paper: 1)
     crop_jitter: NotNegative = 0.0  # random crop of a pair's pictures, share of a side (supplement)
     pcgrad: Literal["none", "exact", "buffer-4", "buffer-8"] = "none"  # gradient surgery (paper: none)
 
@@ -151,9 +151,10 @@ def train_step(step: int, run: Training, cfg: "Config") -> tuple[dict[str, list[
 
 
 def next_draws(task: str, step: int, micro: int, seen: dict[str, int], cfg: "Config") -> Draws:
-    """Generators for a micro-batch, named by its samples' numbers, so that 1 x 32 draw as 8 x 4.
+    """Generators for a micro-batch, named by its samples' numbers.
 
-    Counts these samples in `seen`, and seeds torch for the LoRA's own dropout.
+    So one process with 32 samples draws what eight processes with 4 each draw. Counts these samples in
+    `seen`, and seeds torch for the LoRA's own dropout.
     """
     (rank, world), size, kind = parallel.ranks(), getattr(cfg, f"{task}_batch"), TASKS.index(task)
     first = seen[task] + rank * size
@@ -193,7 +194,7 @@ class Adapter(Data):
     alpha: Positive = 64.0  # scale = alpha / rank (paper: 64)
     lora_dropout: Share = 0.0  # on the input of A (paper's text: 0.2; released code: none)
     targets: tuple[str, ...] = ()  # layers, by the end of their path; the model's own list if not given
-    lora_tokens: Literal["all", "ref"] = "all"  # what it acts on (released code: all; text: the subject)
+    lora_tokens: Literal["all", "ref"] = "all"  # tokens it acts on (released code: all; text: the subject)
     adapter: str = ""  # start from this LoRA file, with its rank and alpha, instead of from B = 0
     lora_alpha: Positive | None = None  # for an --adapter that does not say its alpha
 
@@ -206,7 +207,7 @@ class Optimization(Adapter):
     identity_batch: Count = 8  # pairs in a micro-batch; x accumulate x processes = 256 (paper: 256)
     motion_batch: Count = 1  # clips in a micro-batch; x accumulate x processes = 32 (paper: 32)
     accumulate: Count = 32  # micro-batches in a step of each process
-    lr: Positive = 5e-5  # of AdamW (paper: 5e-5)
+    lr: Positive = 5e-5  # learning rate of AdamW (paper: 5e-5)
     warmup: CountOrNone = 200  # steps of linear warm-up, constant after it (paper: 200)
     betas: tuple[Share, ...] = (0.9, 0.95)  # (paper: 0.9 0.95)
     eps: Positive = 1e-8  # (paper: 1e-8)
@@ -287,7 +288,7 @@ def refuse_conflicts(cfg: Config) -> None:
          "--val-pairs and --val-clips belong together: a probe compares both tasks"),
         (cfg.cache_frames and not cfg.cache, "--cache-frames is about a cache: give --cache too"),
         (cfg.adapter and cfg.targets and not cfg.resume,
-         "--targets is about a new LoRA: that of an --adapter is where it is"),
+         "--targets places a new LoRA, and that of an --adapter has its places: leave out --targets"),
         (cfg.cache and (cfg.crop_jitter or cfg.window == "random"),
          "--cache keeps one view of a file: leave out --crop-jitter and --window random"),
         (cfg.pcgrad != "none" and (cfg.coin != "step" or not trains_both),
@@ -337,6 +338,8 @@ def open_rows(cfg: Config) -> tuple[dict[str, Rows], dict[str, Rows]]:
         unseen["identity"] = Pairs(cfg.val_pairs, *sides, cfg.cls_token)
         unseen["motion"] = Clips(cfg.val_clips, cfg.frames, cfg.fps, *sides)
         held_out.check_unseen(unseen.values(), data.values())
+        for rows in unseen.values():
+            held_out.two_halves(rows)
     for rows in (*data.values(), *unseen.values()):
         rows.verify(cfg.verify)
     return data, unseen
@@ -392,7 +395,8 @@ def open_encoders(
     files = (weights.sources(layout, (part,)) for part in ("vae", "text"))
     store = Cache(cfg.cache, *files, cfg.dtype, cfg.cache_frames, layout.parts["text"].note)
     prompts = {rows.prompt(row) for rows in folders for row in rows.rows}
-    prompts |= {film_cfg.negative, *(shot.prompt for shot in shots)} | ({""} if cfg.text_drop else set())
+    prompts |= {shot.prompt for shot in shots} | ({film_cfg.negative} if shots else set())
+    prompts |= {""} if cfg.text_drop else set()
     say(store.fill(folders, prompts, networks, *parallel.ranks(), parallel.wait, parallel.from_first))
     vae = opened.pop("vae", None)
     if shots and vae is None:
@@ -410,10 +414,12 @@ def save(out: Path, step: int, run: Training, cfg: Config) -> None:
     lora = {name: parallel.whole(p) for name, p in lora_parameters(run.dit).items()}
     state = {"optimizer": parallel.optimizer_state(run.dit, run.optimizer), "step": step, "samples": run.seen}
     state["past"] = {task: list(past) for task, past in run.surgery.past.items()}
+    on_all = not any(module.tokens for module in lora_modules(run.dit).values())
+    stock = on_all and run.dit.ref_position == "leading"  # what diffusers can run
 
     def write_adapter(file: Path) -> None:
         weights.save_adapter(run.dit, file, lora=lora)
-        text = card.model_card(cfg, run.row_counts, step, sys.argv)
+        text = card.model_card(cfg, stock, run.row_counts, step, sys.argv)
         file.with_name("README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     if parallel.ranks()[0] == 0:
@@ -522,6 +528,8 @@ def main() -> int | None:
     say = print if rank == 0 else lambda *words: None
     if cfg.plan:
         return say(plan.report(cfg, layout, world))
+    if cfg.shard and world == 1:
+        raise ValueError("--shard spreads the model over processes: start them with torchrun")
     data, unseen = open_rows(cfg)
     folders = [*data.values(), *unseen.values()]
     captions = ((row.origin, rows.prompt(row)) for rows in folders for row in rows.rows)
@@ -531,11 +539,11 @@ def main() -> int | None:
     )
     out, dtype, kept = Path(cfg.out), getattr(torch, cfg.dtype), kept_settings(cfg, world)
     kept["rows"] = {task: rows.summary() for task, rows in data.items()}
-    if cfg.resume:  # runs that began earlier do not know all of these
+    if cfg.resume:  # a config.json of an older version lacks some of these: they count as the same
         unknown = {name: kept[name] for name in ("cut", "processes", "cached", "rows")}
         saves.require_same(out, kept, dataclasses.asdict(Config()) | unknown, RENAMED)
     else:
-        with torch.device("meta"):  # tried on a model without memory
+        with torch.device("meta"):  # tried on a model that has shapes and no numbers
             attach(trial := layout.parts["dit"].build(), cfg.adapter, cfg)
         refuse_other_lora(trial, cfg)
     newest, state = saves.newest_whole(out, say) if cfg.resume else (None, {"step": 0})
@@ -616,9 +624,10 @@ def main() -> int | None:
     if reached < cfg.steps:
         return say(f"stopped by SIGTERM after step {reached}; --resume goes on from there")
     look(reached, looks, training, cfg, say)
-    if losses and cfg.probe_every:
-        say(report.cost(out))
-    say(f"adapter: {saves.saves(out)[-1] / 'adapter.safetensors'}")
+    if rank == 0:  # the others may not see its files yet
+        if losses and cfg.probe_every:
+            print(report.cost(out))
+        print(f"adapter: {saves.saves(out)[-1] / 'adapter.safetensors'}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.host           # a minute on a CPU: prints a table and writes benchmarks/host.csv
 
 Small tensors and a launcher that does nothing: neither Triton's launch nor the kernel is in the numbers.
-Text and video are two segments; x (and y) learn, as under a LoRA, or norms and modulations too. Two ways take
-turns in one process: a custom operator of torch, which torch.compile needs and which every call once was, and
-the plain call of eager mode. Of each the fastest round counts: others say how busy the machine was.
+Text and video are two segments; x (and y) learn, as in Wan under a LoRA, or norms and modulations too (the
+paper's LoRA on CogVideoX: the modulations). Two ways take turns in one process: a custom operator of torch,
+which torch.compile needs and which every call once was, and the plain call of eager mode. Of each the
+fastest round counts: others say how busy the machine was.
 """
 
 import argparse

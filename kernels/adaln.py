@@ -291,7 +291,7 @@ def _fake_backward(dh, dout, h, y, gate, scale, weight, stats, segments, learns)
 
 
 def _save(ctx, inputs, output):
-    """Keeps y only if the gate learns: where modulation is frozen, as under LoRA, its memory is free."""
+    """Keeps y only if the gate learns: where modulation is frozen, as in Wan, its memory is free."""
     x, y, gate, scale, _, weight, bias, _, ctx.segments = inputs
     h, _, stats = output
     h = None if scale is None else x if gate is None else h

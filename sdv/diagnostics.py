@@ -76,7 +76,7 @@ def gradients(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor]) 
         mine = min(first + rank, len(losses) - 1)  # in the last round spare ranks keep step, for nothing
         own = torch.autograd.grad(losses[mine](), params)
         for source in range(min(world, len(losses) - first)):
-            one = [g.contiguous() if source == rank else torch.empty(g.shape).to(g) for g in own]
+            one = [g.contiguous() if source == rank else g.new_empty(g.shape) for g in own]
             for g in one if world > 1 else ():
                 dist.broadcast(g, source)
             if not nn.utils.get_total_norm(one).isfinite():
@@ -239,7 +239,7 @@ def probe(dit: nn.Module, losses: Sequence[Callable[[], Tensor]], leading: int =
     for seed, (path, module) in enumerate(lora_modules(dit).items()):
         k, means = min(leading, max(1, module.rank // 2)), []
         for leaf in ("lora_A", "lora_B"):
-            stack = torch.stack(kept.pop(f"{path}.{leaf}")).to(module.weight.device)
+            stack = torch.stack(kept.pop(f"{path}.{leaf}")).to(module.lora_A.device)
             gram = stack.flatten(1) @ stack.flatten(1).T  # (4m, 4m)
             for part in parts_of(path, leaf):
                 grams[part] += gram.double().cpu()

@@ -95,7 +95,6 @@ def keep_tokens(count: int, mode: str, p: float, rng: torch.Generator) -> Tensor
 
     "whole": with probability p none of them, else all. "tokens": each stays with probability 1 - p.
     """
-    u = torch.rand(count if mode == "tokens" else 1, generator=rng)
     if mode == "tokens":
-        return (u >= p).nonzero()[:, 0]
-    return torch.empty(0, dtype=torch.long) if u.item() < p else None
+        return (torch.rand(count, generator=rng) >= p).nonzero()[:, 0]
+    return torch.empty(0, dtype=torch.long) if torch.rand((), generator=rng) < p else None

@@ -151,7 +151,7 @@ def _check_steps(steps: int, most: int) -> None:
 def ddim(
     schedule: VPrediction, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12, sigma = 0): noise x (B, C, T, H, W) -> clean x in fp32; no rngs."""
+    """DDIM (arXiv 2010.02502, eq. 12, sigma = 0): noise x (B, C, T, H, W) -> clean x, fp32. Draws nothing."""
     x = x.float()
     for i, t, now, then in schedule.walk(steps):
         x0 = schedule.to_x0(x, denoise(x, t, i), t)
@@ -187,7 +187,7 @@ def dpm(
 def euler(
     schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
-    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32, without rngs.
+    """Straight steps along the predicted flow: noise x (B, C, T, H, W) -> clean x in fp32. Draws nothing.
 
     They are UniPC's steps. FlowMatchEulerDiscreteScheduler of diffusers shifts the end of its grid a second
     time, so its last step is shorter and its films differ.
@@ -201,7 +201,7 @@ def euler(
 def unipc(
     schedule: FlowMatching, denoise: Denoise, x: Tensor, steps: int, rngs: Sequence[Generator] = ()
 ) -> Tensor:
-    """UniPC-2 with B(h) = e^h - 1 (arXiv 2302.04867), Wan's sampler: noise x -> clean x in fp32, without rng.
+    """UniPC-2 with B(h) = e^h - 1 (arXiv 2302.04867), Wan's sampler: noise x -> clean x, fp32. Draws nothing.
 
     A step from s to s' is the exact solution for an x0 that is constant, or bends as two estimates of it say.
     The network's answer at s' corrects the step that led there, at no further call. As in diffusers, it is

@@ -23,8 +23,9 @@ class Surgery:
     """Collects each task's gradient of a step, and puts back one in which the tasks do not conflict.
 
     exact: a step holds both tasks and takes (1 - p) g_identity + p g_motion, each projected off the other.
-    buffer-n: a step holds one task, projected off the mean of the other's last n gradients; the coin weighs
-    the two. none: leaves .grad alone. `past` are the buffers, on the CPU; they belong to a save.
+    buffer-n: a step holds one task, projected off the mean of the other's last n gradients; the coin draws
+    the tasks by p, so nothing needs a weight. none: leaves .grad alone. `past` are the buffers, on the CPU;
+    they belong to a save.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], mode: str, p_video: float):

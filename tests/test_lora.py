@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import weights
 from helpers import load_dit, random_inputs, relative_error, stock_predict
-from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters, merge
+from sdv.lora import LinearSum, act_on_reference, add_lora, lora_modules, lora_parameters, merge
 from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.schedule import VPrediction
 from sdv.seeds import generator
@@ -35,6 +35,17 @@ def with_random_lora(folder, rank=4, alpha=2.0):
     for parameter in lora_parameters(dit).values():
         parameter.data = 0.2 * torch.randn_like(parameter)
     return dit
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_gradients_of_the_sum_are_those_of_finite_differences(learns):
+    torch.manual_seed(0)
+    shapes = (5, 6), (4, 6), (4,), (3, 6), (4, 3)
+    x, w, bias, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    found = LinearSum.apply(x, w, bias, a, b, 0.5)
+    assert torch.allclose(found, x @ w.T + bias + 0.5 * x @ a.T @ b.T, rtol=0, atol=1e-14)
+    inputs = [tensor.requires_grad_() for tensor in ((x, a, b) if learns else (a, b))]
+    assert torch.autograd.gradcheck(lambda *_: LinearSum.apply(x, w, bias, a, b, 0.5), inputs)
 
 
 @torch.no_grad()

@@ -432,6 +432,33 @@ def test_a_model_card_lies_beside_every_saved_adapter(monkeypatch, tiny, tmp_pat
     assert "4 pairs of pictures, 3 clips" in card and "rank 8, alpha 8" in card and "--p-video 0.5" in card
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"--lora-tokens": "ref"}, "Stock diffusers cannot"),
+        ({"--dropout": "tokens"}, "each token of the ref"),
+    ],
+)
+def test_a_model_card_says_how_this_adapter_was_made_and_is_used(monkeypatch, tiny, tmp_path, more, said):
+    run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path, "--steps": 1, **RUN, **more})
+    card = (tmp_path / "step-000001" / "README.md").read_text()
+    assert said in card and ("load_lora_weights" in card) == ("--dropout" in more)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_encoded(monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr(train.weights, "load_backbone", None)
+    monkeypatch.setattr(held_out, "check_unseen", lambda *rows: None)
+    row = (MEDIA / "pairs" / "metadata.jsonl").read_text().splitlines()[0]
+    shutil.copytree(MEDIA / "pairs", tmp_path / "one")
+    (tmp_path / "one" / "metadata.jsonl").write_text(row)
+    unseen = {"--val-pairs": tmp_path / "one", "--val-clips": MEDIA / "clips"}
+    options = {"--backbone": tiny, **RUN, "--cache": tmp_path / "cache", "--out": tmp_path / "run"}
+    for more, match in ((unseen, "too few rows"), ({"--shard": "", "--probe-every": 0}, "with torchrun")):
+        with pytest.raises(ValueError, match=match):
+            run(monkeypatch, train, options | more)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("moment", [1, 3, 4, 5, 6, 7])
 def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatch, tiny, tmp_path, moment):
     """It is asked for at the start of a step and before each of two micro-batches."""

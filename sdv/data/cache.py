@@ -104,7 +104,7 @@ class Cache:
     """The entries of one pair of networks at one precision.
 
     vae, text: the files they are made of. frames: how many frames of a clip are also encoded alone, to be its
-    reference; 0 is all of them, as a random reference frame has it without a cache. cleaning: what is done to
+    reference; 0: all, so that any of them is drawn, as without a cache. cleaning: what is done to
     a prompt before it is read, which may depend on what is installed.
     """
 

@@ -128,19 +128,19 @@ class CogVideoXDiT(nn.Module):
         remain, all if None; with none the step is text-to-video with the video still at frames 1..T.
         """
         visual = video if ref is None else torch.cat([ref, video], dim=2)  # (B, C, T', H, W)
-        grid = (visual.shape[2], *(side // self.cfg.patch for side in video.shape[3:]))
+        rows, columns = (side // self.cfg.patch for side in video.shape[3:])  # h, w
         x = patchify(self.patch_in, visual)  # (B, T' h w, D)
-        rope = self.rope(*grid, video.device)  # (T' h w, K / 2)
+        rope = self.rope(visual.shape[2], rows, columns, video.device)  # (T' h w, K / 2)
         if ref is not None:
             x, rope = visible_tokens(x, rope, self.token_count(ref), keep)
-        segments = (text.shape[1], x.shape[1])
+        segments = (text.shape[1], x.shape[1])  # lengths of text and pictures, each with its own modulation
         x = torch.cat([self.text_in(text), x], dim=1)  # (B, L, D): text | ref | video
         self.ref_tokens = slice(text.shape[1], x.shape[1] - self.token_count(video))
         time = nn.functional.silu(self.time_in(t))  # (B, time_dim)
 
         x = run_blocks(self.blocks, self.recompute_every, self.keep_attention, x, time, rope, segments)
         x = x[:, -self.token_count(video) :]  # (B, T h w, D): video only
-        return self.output(x, time, (video.shape[2], *grid[1:]))  # (B, C, T, H, W)
+        return self.output(x, time, (video.shape[2], rows, columns))  # (B, C, T, H, W)
 
     def output(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Video tokens (B, T h w, D) -> (B, C, T, H, W)."""

@@ -81,7 +81,8 @@ def patchify(conv: nn.Module, video: Tensor) -> Tensor:
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor:
     """Tokens (B, T * h * w, C * patch * patch) of a grid (T, h, w) -> (B, C, T, H, W)."""
     x = tokens.unflatten(-1, (-1, patch, patch)).unflatten(1, grid)  # (B, T, h, w, C, p, p)
-    return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, C, T, h * p, w * p)
+    x = x.permute(0, 4, 1, 2, 5, 3, 6)  # (B, C, T, h, p, w, p)
+    return x.reshape(*x.shape[:3], grid[1] * patch, grid[2] * patch)  # (B, C, T, H, W)
 
 
 def visible_tokens(
@@ -99,7 +100,7 @@ def visible_tokens(
 
 
 def self_attention_stays(_context, op, *args, **_options) -> CheckpointPolicy:
-    """What a recomputed block does not compute again. Of attention to a short text the rest is dearer."""
+    """What a recomputed block keeps: self-attention's output. Attention to a text is cheap to repeat."""
     stays = op in ATTENTION_OPS and args[0].shape == args[1].shape
     return CheckpointPolicy.MUST_SAVE if stays else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -1,8 +1,8 @@
 """Where a transformer's frozen matrices wait for their layer's turn: as they are, in 8 bits, or on the CPU.
 
-A matrix that came back stays as long as its layer's work, in training until backward. So recompute every
-block (--recompute-every 1): then only one block's are there at a time. They are nearly all of the 11.1 GB
-of CogVideoX-5B: in bf16, "fp8" halves them, and "cpu" leaves the 0.26 GB of a block.
+A matrix that was brought back stays as long as its layer works, in training until backward. So recompute
+every block (--recompute-every 1): then only one block's are there at a time. They are nearly all of the
+11.1 GB of CogVideoX-5B: in bf16, "fp8" halves them, and "cpu" leaves the 0.26 GB of a block.
 """
 
 from typing import Literal
@@ -35,7 +35,7 @@ class Float8(nn.Module):
 
 
 class Fetched(nn.Module):
-    """A matrix on the CPU, copied each time. The copy of a 5B model takes a second, a step of it many."""
+    """A matrix on the CPU, copied each time. All of a 5B model takes about a second, a training step many."""
 
     def __init__(self, device: str):
         super().__init__()

@@ -7,22 +7,32 @@ USE = """\
 ```
 python sample.py --backbone {base} --adapter adapter.safetensors --ref subject.jpg --prompt "..."
 ```
-
+"""
+STOCK = """
 In stock diffusers the reference is one more, clean frame before the video:
 
 ```python
 pipe.load_lora_weights("{folder}", weight_name="adapter.safetensors")  # its strength is in the file
 ```
 """
+NOT_STOCK = """
+Stock diffusers cannot run it as it was trained: its pipelines have no such place for the reference, or no
+LoRA that acts on the reference's tokens alone.
+"""
 
 
-def model_card(cfg: object, rows: dict[str, int], step: int, command: list[str]) -> str:
-    """Markdown with the front matter that hubs read. cfg: train.py's settings; rows: of each task."""
+def model_card(cfg: object, stock: bool, rows: dict[str, int], step: int, command: list[str]) -> str:
+    """Markdown with the front matter that hubs read.
+
+    cfg: train.py's settings; stock: whether diffusers can run it; rows: how many of each task.
+    """
     base = Path(cfg.backbone).resolve().name
     pairs, clips = rows.get("identity", 0), rows.get("motion", 0)
     lora = f"begun from {Path(cfg.adapter).name}"
     if not cfg.adapter:
         lora = f"rank {cfg.rank}, alpha {cfg.alpha:g}"
+    dropped = "the whole reference" if cfg.dropout == "whole" else "each token of the reference"
+    use = USE + (STOCK if stock else NOT_STOCK)
     return f"""---
 base_model: {base}
 library_name: diffusers
@@ -41,7 +51,7 @@ one picture of any subject and a prompt make a video of that subject. Trained by
 |---|---|
 | steps | {step:,} |
 | data | {pairs:,} pairs of pictures, {clips:,} clips |
-| mixture | motion steps with probability {cfg.p_video:g}, reference dropped in {cfg.p_drop:g} of them |
+| mixture | motion steps with probability {cfg.p_video:g}, {dropped} dropped with {cfg.p_drop:g} |
 | size | {cfg.frames} frames of {cfg.height} x {cfg.width} at {cfg.fps:g} a second |
 | LoRA | {lora} |
 | prompts of pictures | begin with `{cfg.cls_token.strip() or "nothing"}` in training, not in use |
@@ -54,7 +64,7 @@ Trained by
 
 ## Use
 
-{USE.format(base=base, folder=f"step-{step:06d}")}
+{use.format(base=base, folder=f"step-{step:06d}")}
 ## To be filled in
 
 Licence; whose pictures and clips these are; what it is meant for and what not; what it gets wrong.

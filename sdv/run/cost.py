@@ -27,6 +27,7 @@ from sdv.models.layers import stays_float32
 from sdv.run.base_storage import Storage, hold, nbytes
 
 Task = Literal["identity", "motion"]
+IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch's counter knows only the second
 
 
 class Settings(Protocol):
@@ -113,8 +114,8 @@ class Meter(TorchDispatchMode):
         if products:
             q, k = args[first : first + 2]
             self.flops[stage, "attention"] += 2 * products * q.numel() * k.shape[2]
-        elif op in flop_registry:
-            self.flops[stage, "matrices"] += flop_registry[op](*args, **kwargs, out_val=out)
+        elif count := flop_registry.get(IN_PLACE.get(op, op)):
+            self.flops[stage, "matrices"] += count(*args, **kwargs, out_val=out)
 
 
 class ClaimGPU(TorchFunctionMode):

@@ -18,10 +18,10 @@ from sdv.schedule import Schedule
 from sdv.seeds import PROBE, PROBE_PAIR
 
 
-def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
-    """2 x batches collated micro-batches: the first `batches` and the others have no file in common.
+def two_halves(rows: Rows) -> tuple[list[int], list[int]]:
+    """Numbers of rows in two halves without a common file, so that both directions of a pair lie in one.
 
-    So both directions of a pair lie in one half. A short half repeats; ValueError if one would be empty.
+    ValueError if a half would be empty.
     """
     half_of, split = {}, ([], [])
     for number, row in enumerate(rows.rows):
@@ -31,8 +31,16 @@ def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
             half_of |= dict.fromkeys(row.files, half)
             split[half].append(number)
     if not split[1]:
-        raise ValueError(f"{rows.rows[0].files[0].parent}: too few rows for two halves without a common file")
-    for half in split:
+        raise ValueError(
+            f"{rows.rows[0].files[0].parent}: too few rows for two halves without a common file; add "
+            "rows with other files, or leave out --val-pairs and --val-clips"
+        )
+    return split
+
+
+def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
+    """2 x batches collated micro-batches, the first `batches` from one half. A short half repeats."""
+    for half in two_halves(rows):
         for first in range(0, batches * size, size):
             yield default_collate([rows[half[(first + i) % len(half)]] for i in range(size)])
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-# That ranks wait for each other: one may have more to encode for the cache, or to film, than the others.
+# How long a rank waits for the others: one may have more to encode for the cache, or to film.
 PATIENCE = timedelta(hours=1)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -99,8 +99,6 @@ def from_first(value: T) -> T:
 
 def shard(dit: nn.Module) -> None:
     """Spread the weights of a transformer, frozen and trained, over all ranks (FSDP2), block by block."""
-    if ranks()[1] == 1:
-        raise ValueError("--shard spreads the model over processes: start them with torchrun")
     for block in dit.blocks:
         fully_shard(block)
     fully_shard(dit)

@@ -34,7 +34,8 @@ ON_CPU = 0.83
 # On a GPU attention has a speed of its own, of which a step reaches ATTENTION_SHARE; what norms, additions
 # and modulations take is put down to the matrices. Both shares follow from two training steps, 3.44 s of a
 # clip and 1.945 s of eight pairs. A step of sampling with a merged LoRA, which --plan does not predict, would
-# come out 14 % too slow. A LoRA apart takes about three times as long as its FLOPs say: it is in the shares.
+# come out 14 % too slow. A LoRA apart took about three times as long as its FLOPs say, before its update was
+# added in place: that is in the shares.
 MATRIX_SHARE, ATTENTION_SHARE = 0.678, 0.93
 H100_SOURCE = "an NVIDIA H100 80GB HBM3, measured on 2026-11-26 at commit 778f133; there is no GPU here"
 TORCHRUN = 8  # processes that --shard is shown for where there is one
