@@ -20,7 +20,7 @@ from sdv.run.provenance import commit
 
 T = TypeVar("T")
 LIBRARIES = ("torch", "triton", "diffusers", "peft")
-SLOW = 250e12  # FLOP/s, to guess whether something still fits
+SLOW = 400e12  # FLOP/s, to guess whether something still fits
 
 
 class Book:

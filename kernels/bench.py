@@ -12,6 +12,7 @@ machine's own ceiling, measured in the same run: a bf16 matrix product, or a cop
 
 import argparse
 import csv
+import importlib.util
 import math
 import sys
 import time
@@ -311,13 +312,11 @@ def plot(done: list[Timing], path: Path, gpu: str):
     figure.savefig(path, dpi=150)
 
 
-def write(done: list[Timing], table: list[str], gpu: str, version: str, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    name = folder / gpu.replace(" ", "-").lower()
+def write(done: list[Timing], table: list[str], gpu: str, version: str, name: Path):
+    name.parent.mkdir(parents=True, exist_ok=True)
     with name.with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *(row for t in done for row in rows(t, gpu, version))])
     name.with_suffix(".md").write_text("\n".join(table) + "\n")
-    plot(done, name.with_suffix(".png"), gpu)
 
 
 def bench(ms: float, folder: Path):
@@ -325,7 +324,7 @@ def bench(ms: float, folder: Path):
     gpu, ceiling = torch.cuda.get_device_name() if ms else "dry run", ceilings(ms)
     version = f"torch {torch.__version__}, triton {triton.__version__}"
     title = f"{gpu}: product {ceiling[0] / 1e12:.0f} TFLOP/s, copy {ceiling[1] / 1e12:.2f} TB/s; {version}\n"
-    done, table = [], [title, HEAD]
+    done, table, name = [], [title, HEAD], folder / gpu.replace(" ", "-").lower()
     print(*table, sep="\n")
     for cases in (attention_cases, rope_cases, adaln_cases):
         for case, small in zip(cases(device, divide), cases(device, little), strict=True):
@@ -335,8 +334,10 @@ def bench(ms: float, folder: Path):
                 # Lets the tensors go, else they would count as memory of the next case's first provider.
                 timing = timing._replace(case=case._replace(inputs=[], providers={}))
                 done.append(timing)
-    if ms:
-        write(done, table, gpu, version, folder)
+            if ms:  # after every case: a later one may hang, or end the process
+                write(done, table, gpu, version, name)
+    if ms and importlib.util.find_spec("matplotlib"):
+        plot(done, name.with_suffix(".png"), gpu)
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ def fastest(tiles: Iterable[tuple], put: Callable, call: Callable, dry: bool) ->
         put(tile)
         try:
             speed[tile] = clock(call, 0 if dry else MS).kernel[0]
-        except triton.runtime.errors.TritonError:  # too large for this chip
+        except (triton.runtime.errors.TritonError, RuntimeError):  # too large for chip or compiler
             continue
     best = min(speed, key=speed.get)
     put(best)

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def begin(cfg: Config) -> None:
     """Write configs and a vocabulary of the captions, and forget all weights. Not where a run has begun."""
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
-    vocabulary = tiny.train_vocabulary(captions("clips", 5000), 256, umt5=cfg.family == "wan")
+    said = [scene("clips", i).prompt for i in range(5000)]
+    vocabulary = tiny.train_vocabulary(said, 256, umt5=cfg.family == "wan")
     tiny.create(home(cfg), FAMILIES[cfg.family], vocabulary)
     for part in open_backbone(home(cfg)).parts.values():
         (home(cfg) / part.folder / part.file).unlink()
@@ -128,15 +130,18 @@ def scene(kind: str, i: int) -> world.Scene:
     return world.scene(i, FRAMES) if kind == "clips" else world.scene(LATER + i, 1)
 
 
-def captions(kind: str, count: int) -> list[str]:
-    return [scene(kind, i).prompt for i in range(count)]
-
-
-def draw_some(job: tuple[Path, str, range]) -> None:
+def draw_some(job: tuple[Path, str, range]) -> list[str]:
+    """Draws into a file; returns the captions."""
     file, kind, some = job
-    frames = np.load(file, mmap_mode="r+")
-    for i in some:
-        frames[i] = world.render(scene(kind, i), SIZE)
+    frames, scenes = np.load(file, mmap_mode="r+"), [scene(kind, i) for i in some]
+    for i, one in zip(some, scenes, strict=True):
+        frames[i] = world.render(one, SIZE)
+    return [one.prompt for one in scenes]
+
+
+def captions_of(kind: str, count: int, cfg: Config) -> Path:
+    """Where those of as many clips or pictures are."""
+    return Path(cfg.out) / f"{kind}-{count}.json"
 
 
 def world_frames(cfg: Config) -> dict[str, np.ndarray]:
@@ -144,12 +149,13 @@ def world_frames(cfg: Config) -> dict[str, np.ndarray]:
     files = {}
     for kind, count, frames in (("clips", cfg.clips, FRAMES), ("pictures", cfg.pictures, 1)):
         file = files[kind] = Path(cfg.out) / f"{kind}-{count}.npy"
-        if not file.is_file():
+        if not (file.is_file() and captions_of(kind, count, cfg).is_file()):
             unfinished = file.with_suffix(".tmp")
             np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, frames, SIZE, SIZE, 3))
             jobs = [(unfinished, kind, range(count)[i : i + 50]) for i in range(0, count, 50)]
             with multiprocessing.get_context("spawn").Pool(cfg.threads) as pool:
-                list(tqdm(pool.imap(draw_some, jobs), kind, len(jobs)))
+                said = list(tqdm(pool.imap(draw_some, jobs), kind, len(jobs)))
+            captions_of(kind, count, cfg).write_text(json.dumps(list(chain(*said))))
             os.replace(unfinished, file)
     return {kind: np.load(file, mmap_mode="r") for kind, file in files.items()}
 
@@ -332,7 +338,8 @@ def train_dit(cfg: Config) -> None:
     vae = load_backbone(home(cfg), cfg.device, torch.bfloat16, ("vae",)).vae
     backbone = Backbone(layout, dit, vae, text)
     latents = {kind: torch.load(out / f"{kind}.latents.pt").to(cfg.device) for kind in ("clips", "pictures")}
-    ids = {kind: text.tokenize(captions(kind, len(x))).to(cfg.device) for kind, x in latents.items()}
+    said = {kind: json.loads(captions_of(kind, len(x), cfg).read_text()) for kind, x in latents.items()}
+    ids = {kind: text.tokenize(prompts).to(cfg.device) for kind, prompts in said.items()}
     blank, schedule = text.tokenize("").to(cfg.device), replace(layout.schedule, train_shift=cfg.t_shift)
 
     def draw(step: int) -> tuple[str, Inputs]:
@@ -341,11 +348,11 @@ def train_dit(cfg: Config) -> None:
         rng = generator(4, step)
         rows = torch.randint(len(latents[kind]), (count,), generator=rng).to(cfg.device)
         dropped = (torch.rand(count, 1, generator=rng) < 0.1).to(cfg.device)  # for guidance
-        t, x = schedule.draw(count, rng).to(cfg.device), latents[kind][rows].float()
+        t, x = schedule.draw(count, rng), latents[kind][rows].float()
         noise = noise_of(x.shape, 5, step, cfg.device)
         noisy, target = schedule.add_noise(x, noise, t).bfloat16(), schedule.target(x, noise, t)
         said = torch.where(dropped, blank, ids[kind][rows])
-        return kind, {"noisy": noisy, "t": t, "ids": said, "target": target}
+        return kind, {"noisy": noisy, "t": t.to(cfg.device), "ids": said, "target": target}
 
     def loss_of(inputs: Inputs) -> Tensor:
         pred = dit(inputs["noisy"], inputs["t"], text.encode(inputs["ids"]))
@@ -361,7 +368,7 @@ def train_dit(cfg: Config) -> None:
         show(out / "dit.png", clips[:, :, ::2], scale=1)
         return agreement(clips, truths)
 
-    run(learner, out / "dit.pt", draw, loss_of, check, cfg.save_every, graph=cfg.device == "cuda")
+    run(learner, out / "dit.pt", draw, loss_of, check, cfg.save_every, graph=cfg.device.startswith("cuda"))
 
 
 def new_scenes(count: int) -> list[world.Scene]:

@@ -43,11 +43,12 @@ def denoising_loss(dit: nn.Module, schedule: Schedule, pair: Pair, draws: Draws)
     The reference gets no noise and no loss.
     """
     x = pair.target.float()
-    t = torch.cat([schedule.draw(1, rng) for rng in draws.each]).to(x.device)  # (B,)
+    t = torch.cat([schedule.draw(1, rng) for rng in draws.each])  # (B,), on the CPU: a GPU is not waited for
     noise = normal(x.shape, draws.each).to(x.device)  # (B, C, T, H, W)
-    noisy = schedule.add_noise(x, noise, t).to(dit.dtype)
+    noisy, target = schedule.add_noise(x, noise, t).to(dit.dtype), schedule.target(x, noise, t)
+    t = t.to(x.device)
     pred = dit(noisy, t, pair.text.to(dit.dtype), pair.ref.to(dit.dtype), pair.keep)
-    each = (pred.float() - schedule.target(x, noise, t)).square().mean(dim=(1, 2, 3, 4))
+    each = (pred.float() - target).square().mean(dim=(1, 2, 3, 4))
     return Losses(each.mean(), each.detach(), t)
 
 

@@ -14,6 +14,7 @@ import torch
 import train
 import weights
 from helpers import MEDIA, ROOT, RUN, assert_same, full_disk, losses, run
+from sdv.data import cache as cache_module
 from sdv.data import files
 from sdv.data.cache import Cache, Cached, Networks
 from sdv.data.rows import Clips, Pairs
@@ -318,3 +319,33 @@ def test_what_a_killed_run_left_half_written_is_removed_when_nobody_can_be_writi
     os.utime(old, (0, 0))
     new_cache(media)
     assert new.exists() and not old.exists()
+
+
+def test_an_entry_is_named_by_all_that_it_is_made_of(tmp_path):
+    for word in ("v", "w", "t", "u"):
+        (tmp_path / word).write_text(word)
+
+    def names(vae="v", text="t", dtype="float32", frames=0, size=(64, 96), count=9, fps=8):
+        cache = Cache(tmp_path / "cache", [tmp_path / vae], [tmp_path / text], dtype, frames)
+        of = Pairs(MEDIA / "pairs", *size), Clips(MEDIA / "clips", count, fps, *size)
+        named = {field: name for rows in of for field, name in cache.names(rows, rows.rows[0]).items()}
+        return named | {"text": cache.text_name("a dog")}
+
+    plain, video = names(), {"ref", "target", "clip", "frames"}
+    for change, others in (
+        ({"vae": "w"}, video), ({"text": "u"}, {"text"}), ({"dtype": "bfloat16"}, video | {"text"}),
+        ({"size": (64, 64)}, video), ({"count": 5}, {"clip", "frames"}), ({"fps": 4}, {"clip", "frames"}),
+        ({"frames": 2}, {"frames"}),
+    ):  # fmt: skip
+        found = names(**change)
+        assert {field for field in plain if found[field] != plain[field]} == others, change
+
+
+def test_latents_are_written_before_all_are_there(monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
+    run(
+        monkeypatch,
+        train,
+        {"--backbone": tiny, **RUN, "--cache": tmp_path / "cache", "--out": tmp_path / "run"},
+    )
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) > 10

@@ -13,6 +13,7 @@ import torch
 
 from helpers import MEDIA, blocks, chw, difference
 from sdv.data import media
+from sdv.data.media import read_clip, write_video
 
 
 def encode(path, pictures, pts, unit=Fraction(1, 1000), codec="libx264", tags=None, **options) -> Path:
@@ -305,3 +306,10 @@ def test_video_round_trip(tmp_path, fps):
     again = media.read_clip(tmp_path / "a.mp4", 13, fps, 96, 144)
     assert difference(again, base) < 5
     assert abs((again.double() - base.double()).mean()) < 0.5
+
+
+def test_a_clip_that_ends_where_its_last_moment_begins_is_too_short(tmp_path):
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 8, 16, 16, dtype=torch.uint8), 8)  # 1 s
+    assert read_clip(tmp_path / "a.mp4", 8, 8, 16, 16).shape[1] == 8
+    with pytest.raises(ValueError, match=r"lasts 1\.00 s"):
+        read_clip(tmp_path / "a.mp4", 9, 8, 16, 16)

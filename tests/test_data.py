@@ -17,6 +17,7 @@ import torch
 
 from helpers import status
 from sdv.data import media
+from sdv.data import rows as rows_module
 from sdv.data.__main__ import main
 from sdv.data.loader import batches, locate
 from sdv.data.rows import Clips, Pairs
@@ -410,3 +411,32 @@ def test_workers_decode_before_the_first_batch_is_asked_for_and_their_own_errors
     assert len(multiprocessing.active_children()) == before + 1
     with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker process 0"):
         next(feed)
+
+
+def test_rows_are_known_by_their_captions_too(tmp_path):
+    shutil.copytree(MEDIA / "pairs", tmp_path / "pairs")
+    before, file = Pairs(tmp_path / "pairs", 16, 16).summary(), tmp_path / "pairs" / "metadata.jsonl"
+    file.write_text(file.read_text().replace('"prompt": "', '"prompt": "now '))
+    assert Pairs(tmp_path / "pairs", 16, 16).summary() != before
+
+
+def test_rows_are_verified_from_the_first_to_the_last(monkeypatch):
+    pairs, seen = Pairs(MEDIA / "pairs", 16, 16), []
+    pairs.rows = pairs.rows * 25
+    monkeypatch.setattr(Pairs, "_problem", lambda self, index: seen.append(index))
+    pairs.verify(10)
+    assert sorted(seen) == list(range(0, 100, 10))
+
+
+def test_a_jittered_crop_enlarges_by_its_share_at_most(monkeypatch):
+    zooms = []
+
+    def resize(image, *size, zoom=1, at=None):
+        zooms.append(zoom)
+        return image
+
+    monkeypatch.setattr(rows_module, "resize", resize)
+    pairs = Pairs(MEDIA / "pairs", 16, 16, jitter=0.1)
+    for k in range(20):
+        pairs.load(k % 4, torch.Generator().manual_seed(k))
+    assert min(zooms) >= 1 and 1.05 < max(zooms) <= 1.1

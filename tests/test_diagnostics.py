@@ -317,3 +317,34 @@ def test_references_are_hidden_equally_often_in_both_halves():
 )
 def test_the_verdict_claims_what_the_interval_allows(corrected, said):
     assert diagnostics_report.verdict({"whole": {"all": {"corrected": corrected}}}) == said
+
+
+def test_two_micro_batches_a_task_give_no_interval():
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 8, 50, generator=rng, dtype=torch.float64) + 1
+    (found,) = diagnostics.with_intervals(rows @ rows.mT)
+    assert all(row[1:] == [None, None] for row in found.values())
+
+
+def test_the_random_update_is_as_large_as_the_others():
+    grads = torch.full((4, 300, 5), 0.01)
+    found = diagnostics.with_random(grads, torch.Generator().manual_seed(0))
+    assert found[4].std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_shares_of_energy_of_unequal_updates():
+    """Sizes 4, 2, 1 and 3, 2, 1, with the same two leading directions: (9 + 4) / 14 and (16 + 4) / 21."""
+    a, b, first, second = torch.eye(4, 10), torch.zeros(12, 4), torch.zeros(12, 4), torch.zeros(12, 4)
+    first[0, 0], first[1, 1], first[2, 2] = 4, 2, 1
+    second[0, 0], second[1, 1], second[5, 2] = 3, 2, 1
+    of = [directions(torch.zeros(4, 10), grad, a, b) for grad in (first, second)]
+    found = dict(zip(SUBSPACE, compare(*of, 2).tolist(), strict=True))
+    assert found["left second in first"] == pytest.approx(13 / 14)
+    assert found["left first in second"] == pytest.approx(20 / 21)
+
+
+def test_updates_of_fewer_directions_than_asked_for_are_not_compared():
+    a, b, three, four = torch.eye(4, 10), torch.zeros(12, 4), torch.zeros(12, 4), torch.eye(12, 4)
+    three[:3, :3] = torch.eye(3)
+    of = [directions(torch.zeros(4, 10), grad, a, b) for grad in (three, four)]
+    assert compare(*of, 4).isnan().all() and compare(*of[::-1], 4).isnan().all()

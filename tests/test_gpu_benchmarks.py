@@ -126,4 +126,5 @@ def test_all_measurements_are_asked_for(tmp_path):
     assert sum(job.limit for job in alone) <= 720
     assert all(job.limit <= gpu.COMPILING * 720 for job in together)
     warm = {job.name.removeprefix("compile: ") for job in together if job.name.startswith("compile")}
-    assert warm == {job.name for job in alone}
+    triton = ("kernels", *gpu.COMPILED)  # what has Triton kernels of its own to compile
+    assert warm == {job.name for job in alone if job.name.startswith(triton)}

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import weights
 from helpers import load_dit, random_inputs, relative_error, stock_predict
@@ -217,3 +218,17 @@ def test_a_lora_on_the_reference_alone_refuses_layers_that_see_more(stock_dit):
     add_lora(dit, 4, 2.0, ("mod1", "attn.q"))
     with pytest.raises(ValueError, match="mod1 does not see"):
         act_on_reference(dit)
+
+
+def test_a_fresh_a_is_drawn_as_in_peft_and_dropout_rests_in_eval_mode():
+    peft = pytest.importorskip("peft")
+    model, theirs = nn.Sequential(nn.Linear(256, 32)), nn.Sequential(nn.Linear(256, 32))
+    stock = peft.get_peft_model(theirs, peft.LoraConfig(r=64, target_modules=["0"]))
+    (drawn,) = (p for name, p in stock.named_parameters() if "lora_A" in name)
+    (module,) = add_lora(model, 64, 64.0, ("0",)).values()
+    assert module.lora_A.abs().max().item() == pytest.approx(
+        drawn.abs().max().item(), rel=0.01
+    )  # their bound
+    module.dropout, x = 0.5, torch.randn(3, 256)
+    nn.init.ones_(module.lora_B)
+    assert torch.equal(model.eval()(x), model(x)) and not torch.equal(model.train()(x), model(x))

@@ -2,15 +2,18 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 import sample
 import weights
-from helpers import relative_error
-from sdv.lora import add_lora, lora_parameters
+from helpers import MEDIA, SIZE, relative_error, run
+from sdv.data.media import fit, inspect_clip, read_image
+from sdv.lora import adapt, add_lora, lora_modules, lora_parameters
 from sdv.seeds import generator
 
 CFG = sample.Config(
@@ -100,3 +103,81 @@ def test_a_seed_means_the_same_video_alone_and_among_others(backbone, sampler):
     for i in range(2):
         (alone,) = sample.generate(backbone, texts[i : i + 1], blank, refs[i : i + 1], cfg, [3 + i])
         assert relative_error(both[i], alone) <= 1e-4
+
+
+class Telling(nn.Module):
+    """A network whose prediction says what it was called with."""
+
+    dtype = torch.float32
+
+    def forward(self, x, t, text, ref=None, keep=None):
+        seen = ref is not None and (keep is None or len(keep) > 0)
+        return (text.mean() + (ref.mean() if seen else 0)).expand_as(x)
+
+
+def backbone_of(dit, predictions):
+    """With a sampler of one call, and a VAE that changes nothing."""
+
+    def sampler(schedule, denoise, noise, steps, rngs):
+        predictions.append(denoise(noise, 500, 0))
+        return noise
+
+    return SimpleNamespace(
+        dit=dit,
+        schedule=SimpleNamespace(samplers={"one": sampler}, default_sampler="one"),
+        layout=SimpleNamespace(latent_shape=lambda *_: (4, 1, 2, 2)),
+        vae=SimpleNamespace(decode=lambda latents: latents),
+    )
+
+
+SMALL = sample.Config("", frames=1, height=16, width=16, steps=2, guidance=3, ref_guidance=2.5, device="cpu")
+
+
+def test_guidance_is_the_formula():
+    text, negative = torch.full((1, 2, 3), 5.0), torch.full((1, 2, 3), 2.0)
+    ref, found = torch.full((1, 4, 1, 2, 2), 7.0), []
+    backbone = backbone_of(Telling(), found)
+    for picture in (ref, None):
+        sample.generate(backbone, text, negative, picture, SMALL, [0])
+    with_ref, without = (prediction.unique().item() for prediction in found)
+    assert with_ref == 5 + 7 + (3 - 1) * (5 - 2) + (2.5 - 1) * 7
+    assert without == 5 + (3 - 1) * (5 - 2)
+
+
+def test_a_prediction_that_is_not_finite_is_told():
+    text, found = torch.full((1, 2, 3), torch.nan), []
+    with pytest.raises(FloatingPointError, match="denoising step 1 of 2"):
+        sample.generate(backbone_of(Telling(), found), text, text, None, SMALL, [0])
+
+
+def test_every_flag_reaches_the_film(monkeypatch, tiny, tmp_path):
+    seen, backbone = [], weights.load_backbone(tiny, log=lambda line: None)
+    for module in adapt(backbone.dit, 4, 4.0).values():
+        nn.init.normal_(module.lora_B)
+    weights.save_adapter(backbone.dit, tmp_path / "a.safetensors")
+
+    def generate(*arguments):
+        seen.append(arguments)
+        return torch.zeros(1, 3, 9, 64, 96)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    picture = MEDIA / "pairs" / "lawn.jpg"
+    options = {"--backbone": tiny, **SIZE, "--adapter": tmp_path / "a.safetensors", "--ref": picture}
+    options |= {"--prompt": "a dog", "--negative": "ugly"}
+    run(monkeypatch, sample, options | {"--out": tmp_path / "one"})
+    more = {"--merge": "", "--tiling": "", "--fps": 4, "--ref-fit": "pad"}
+    run(monkeypatch, sample, options | more | {"--out": tmp_path / "two"})
+    ours = lora_modules(backbone.dit)
+    for arguments, fitted, merged in zip(seen, ("crop", "pad"), (False, True), strict=True):
+        found, texts, negative, refs, *_ = arguments
+        assert torch.equal(texts, backbone.text(["a dog"])) and torch.equal(negative, backbone.text(["ugly"]))
+        with torch.no_grad():
+            latent = backbone.vae.encode(fit(read_image(picture), 64, 96, fitted)[None, :, None])
+        torch.testing.assert_close(refs, latent)
+        theirs = lora_modules(found.dit)
+        assert found.vae.tiling == merged and ours.keys() == theirs.keys()
+        for path, module in theirs.items():
+            whole = ours[path].weight + ours[path].delta()
+            torch.testing.assert_close(module.weight if merged else module.weight + module.delta(), whole)
+    (film,) = (tmp_path / "two").glob("*.mp4")
+    assert inspect_clip(film).seconds == pytest.approx(9 / 4)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from helpers import relative_error
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.positions import place_reference
-from sdv.models.wan_dit import FAR, WanConfig, WanDiT
+from sdv.models.wan_dit import WanConfig, WanDiT
 from weights import wan
 from weights.tensors import load_into, read_json, save_module
 
@@ -77,7 +77,7 @@ def test_the_reference_is_one_more_frame_at_time_zero(stock):
 
 def positions(place: str) -> torch.Tensor:
     """(frame, row, column) of 4 x 6 reference tokens and 3 frames of video, one by one."""
-    frame, column = {"leading": (-1, 0), "shared": (0, 0), "far": (-FAR, 0), "beside": (0, 6)}[place]
+    frame, column = {"leading": (-1, 0), "shared": (0, 0), "far": (-32, 0), "beside": (0, 6)}[place]
     ref = [(frame, row, column + c) for row in range(4) for c in range(6)]
     return torch.tensor(ref + [(f, r, c) for f in range(3) for r in range(4) for c in range(6)])
 

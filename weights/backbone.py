@@ -55,6 +55,7 @@ def load_backbone(
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype {dtype}: use bf16 or fp32; the activations of these models overflow fp16")
     backbone = Backbone(open_backbone(path))
+    torch.cuda.empty_cache()  # memory that a part before this one has left would be cut into odd pieces
     for name in parts:
         part = backbone.layout.parts[name]
         with torch.device("meta"):
