@@ -1,7 +1,7 @@
 """How the micro-world's networks learn, on a GPU or a CPU: a step that can be captured, and can be resumed.
 
 A step's draws depend on its number alone, and all state lies in tensors that are changed in place: a run that
-was stopped goes on bit for bit, and where there is CUDA, loss, gradients and update are one graph.
+was stopped goes on, on a CPU bit for bit, and where there is CUDA, loss, gradients and update are one graph.
 """
 
 import json

@@ -7,9 +7,9 @@
     python -m microworld.pretrain --stage dit       transformer and text encoder, text-to-video
     python -m microworld.pretrain --stage score     what the VAE keeps, what the base makes of new prompts
 
-Training goes on where it was stopped, bit for bit. Results into weights/toy, which any script takes as its
---backbone; README.md there has the recipe, what it gave, and what it costs: minutes of an H100, or days of
-two cores. With `--family wan --out out/wan` the same stages but whiten make a Wan of this world,
+Training goes on where it was stopped, on a CPU bit for bit. Results into weights/toy, which any script takes
+as its --backbone; README.md there has the recipe, what it gave, and what it costs: minutes of an H100, or
+days of two cores. With `--family wan --out out/wan` the same stages but whiten make a Wan of this world,
 in out/wan/model.
 """
 
