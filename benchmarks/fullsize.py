@@ -31,8 +31,8 @@ from kernels import dispatch
 from sdv.models.positions import place_reference
 from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.run import plan
-from sdv.run.base_storage import Storage, hold
-from sdv.run.cost import Task
+from sdv.run.base_storage import hold
+from sdv.run.cost import Settings, Task
 from sdv.run.settings import run
 
 PARTS = ("steps", "denoise", "vae", "storage")
@@ -40,39 +40,12 @@ IN_TORCH = "sdv, kernels in torch"
 DTYPE = torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Step:
-    """The paper's recipe from a cache, as sdv.run.cost.Settings wants it."""
-
-    frames: int
-    height: int
-    width: int
-    device: str
-    rank: int = 128
-    alpha: float = 64.0
-    identity_batch: int = 8
-    motion_batch: int = 1
-    keep_attention: bool = False
-    base_storage: Storage = "device"
-    recompute_every: int = 1
-    p_video: float = 0.2
-    pcgrad: str = "none"
-    cache: str = "there"
-    lora_dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    lora_tokens: str = "all"
-    steps: int = 1
-    accumulate: int = 1
-    dtype: str = "bfloat16"
-    shard: bool = False
-
-
 @dataclass(eq=False)
 class Model:
     name: str
     layout: weights.Layout
     configs: dict[str, dict]  # of its parts, in diffusers' words
-    step: Step
+    step: Settings
     peers: bool  # diffusers + peft are measured too
 
     def inputs(self, task: Task, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +63,7 @@ class Model:
         return plan.speed(self.step, self.layout)
 
     @cache  # noqa: B019  there are two models
-    def plan(self, step: Step, task: Task) -> plan.Prediction:
+    def plan(self, step: Settings, task: Task) -> plan.Prediction:
         return plan.predict(step, self.layout, task, 1)
 
 
@@ -111,7 +84,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def trained(dit: nn.Module, model: Model, step: Step, task: Task, book: Book) -> dict:
+def trained(dit: nn.Module, model: Model, step: Settings, task: Task, book: Book) -> dict:
     """A micro-batch where gradients and AdamW's moments are there already."""
     params = [p for p in dit.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params)
@@ -130,7 +103,7 @@ def trained(dit: nn.Module, model: Model, step: Step, task: Task, book: Book) ->
     return book.clock(work, dit)[0]
 
 
-def sdv_trains(model: Model, step: Step, task: Task, mode: str, book: Book) -> dict:
+def sdv_trains(model: Model, step: Settings, task: Task, mode: str, book: Book) -> dict:
     """Ours, made anew, and what --plan says of it."""
     dit = random_transformer(model.layout, DTYPE, step.device, step.rank, step.alpha)
     if step.base_storage == "cpu":
@@ -276,7 +249,7 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             layout, configs = open_model(name, Path(folder), args.dry, 2 if args.warm else None)
-        step = Step(layout.frames, layout.height, layout.width, device)
+        step = Settings(layout.frames, layout.height, layout.width, device)
         if args.dry:
             step = replace(step, frames=9, height=32, width=64, rank=4, identity_batch=2)
         model = Model(name, layout, configs, step, peers)
