@@ -18,7 +18,6 @@ from sdv.models.positions import place_reference
 from sdv.models.wan_dit import WanDiT
 from weights import adapter, cogvideox, formats, wan
 from weights import tiny as tiny_models
-from weights.mean import strongest
 from weights.tensors import rename, reverse, save_module
 
 quiet = lambda line: None  # noqa: E731
@@ -370,7 +369,7 @@ def test_the_mean_of_two_adapters_adds_the_mean_of_their_updates(family, tmp_pat
         exact = wanted[path].double().flatten(1)
         least = torch.linalg.svdvals(exact)[2:].norm()  # no other of rank 2 is nearer (Eckart and Young)
         assert (delta.double().flatten(1) - exact).norm() <= least + 1e-6 * exact.norm()
-    A, B = strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
+    A, B = adapter.strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
     assert A.shape == (3, 3) and B.shape == (5, 3)
     weights.save_adapter(plain(next(kind for kind in BUILD if kind is not family)), files[1])
     with pytest.raises(SystemExit, match=r"b\.safetensors: is of another backbone"):
