@@ -28,7 +28,7 @@ from sdv.data.cache import Cache, Networks
 from sdv.data.media import from_uint8
 from sdv.data.rows import Clips, Pairs
 from sdv.run import parallel
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 WORLD = studio.ROOT / "out/cache-benchmark"
 PAIRS, CLIPS = 256, 32
@@ -86,8 +86,7 @@ def theirs(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--child", choices=("ours", "diffusers"), help=argparse.SUPPRESS)
     args = parser.parse_args()

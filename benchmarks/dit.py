@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import alternating
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 LAYERS, RANK, ALPHA = 2, 128, 64.0
 SIZE = (1, 16, 1, 30, 46)  # one latent frame of 240 x 368 pixels
@@ -81,8 +81,7 @@ def child(who: str, dtype: torch.dtype, their_lora: torch.dtype, repeats: int) -
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5, help="turns that each side takes")
     parser.add_argument("--repeats", type=int, default=3, help="steps in a turn")
     parser.add_argument("--child", nargs=3, metavar=("WHO", "DTYPE", "LORA"), help=argparse.SUPPRESS)

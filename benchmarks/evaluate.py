@@ -38,15 +38,14 @@ from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subj
 from microworld import movement
 from sdv.data.files import Hashes, digest, make_folder, write_text
 from sdv.run.films import Shot
-from sdv.run.settings import DEVICE, check_device, run
+from sdv.run.settings import DEVICE, Parser, check_device, run
 
 CODE = [Path(inspect.getfile(of)) for of in (film_scores, ClipJudge, movement.speed)]  # of the measures
 PAPERS = ["CLIP ViT-B/32", "DINO ViT-S/16"]
 
 
 def arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="benchmarks.evaluate", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="benchmarks.evaluate", description=__doc__)
     parser.add_argument("films", type=Path, help="folder of films")
     for name, text in (
         ("manifest", "JSONL of the films to judge; FILMS/films.jsonl if not given"),

@@ -12,7 +12,6 @@ No file is read but diffusers' code, if it is installed. Each measurement is gua
 after --seconds, says so in its row, and the next begins. Rows are added; the table is made of all of them.
 """
 
-import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.run import plan
 from sdv.run.base_storage import hold
 from sdv.run.cost import Settings, Task
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 PARTS = ("steps", "denoise", "vae", "storage")
 IN_TORCH = "sdv, kernels in torch"
@@ -227,8 +226,7 @@ def vae(model: Model, book: Book) -> None:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=FULL, default=list(FULL))
     parser.add_argument("--seconds", type=float, default=600, help="nothing is started that would end later")

@@ -9,7 +9,6 @@ which torch.compile needs and which every call once was, and the plain call of e
 fastest round counts: others say how busy the machine was.
 """
 
-import argparse
 import csv
 import datetime
 import platform
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 COLUMNS = "operator", "learns", "pass", "operator us", "plain us", "ratio", "machine", "versions", "date"
 CALLS = 10  # of a round: few, so that some rounds end before anybody else wants the core
@@ -102,8 +101,7 @@ def results(rounds: int) -> Iterator[list]:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()

@@ -20,7 +20,7 @@ import weights
 from benchmarks import alternating
 from benchmarks.models import COGVIDEOX
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 from weights import tiny
 from weights.cogvideox import DIT_NAMES
 from weights.tensors import rename, reverse
@@ -75,8 +75,7 @@ def child(who: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--folder", type=Path, default=Path("out/load"))
     parser.add_argument("--child", metavar="WHO", help=argparse.SUPPRESS)

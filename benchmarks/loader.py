@@ -7,7 +7,6 @@ order, takes the first one at or after each wanted time, scales it by swscale an
 takes as many threads for it as it likes. "cores": CPU seconds of all processes in a second (Linux).
 """
 
-import argparse
 import csv
 import datetime
 import multiprocessing
@@ -25,7 +24,7 @@ import torch
 
 from sdv.data.loader import batches
 from sdv.data.rows import Clips, Pairs
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 MEDIA = Path(__file__).resolve().parent.parent / "tests/media"
 HEIGHT, WIDTH, FRAMES, FPS = 480, 720, 9, 8
@@ -81,8 +80,7 @@ def again(load: Callable[[int], object], n: int) -> Iterator:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--count", type=int, default=24, help="items of each measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()

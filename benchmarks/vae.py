@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import alternating
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 SHAPES = {  # of the pixels and of the latents
     "cogvideox": ((1, 3, 17, 240, 360), (1, 16, 5, 30, 45)),
@@ -63,8 +63,7 @@ def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", choices=SHAPES)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

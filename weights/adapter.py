@@ -9,7 +9,6 @@ Reading knows the formats of --format by their keys, a folder being peft's. To c
 needed: the keys tell CogVideoX from Wan. With --backbone, names and shapes are compared with its config's.
 """
 
-import argparse
 import json
 import re
 from collections import defaultdict
@@ -25,7 +24,7 @@ from sdv.data.sizes import require_least
 from sdv.lora import merge as merge_lora
 from sdv.lora import require_mergeable
 from sdv.models.layers import is_finite
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 from weights.adapter_io import check_fit, load_adapter
 from weights.backbone import load_backbone, open_backbone
 from weights.formats import FORMATS, PLACE_NOTE, TOKENS_NOTE, Adapter, Update, label, read, write
@@ -174,10 +173,7 @@ def _read(source: Path, alpha: float | None, backbone: str) -> Adapter:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m weights.adapter", description=__doc__, formatter_class=raw
-    )
+    parser = Parser(prog="python -m weights.adapter", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for command in (inspect, convert, mean, merge):
         options = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)

@@ -6,7 +6,6 @@
 Its videos are noise; it proves that files, shapes, training and sampling fit together.
 """
 
-import argparse
 import io
 import json
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 from weights import open_backbone
 from weights.tensors import save_module
 
@@ -185,8 +184,7 @@ FAMILIES = {"cogvideox": CONFIGS, "wan": WAN_CONFIGS}
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("path", help="folder to write")
     parser.add_argument("--backbone", choices=FAMILIES, default="cogvideox", help="of which family")
     parser.add_argument("--seed", type=int, default=0)

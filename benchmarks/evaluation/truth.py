@@ -8,7 +8,6 @@ run. "area" is the area under the ROC curve: how often a score of the first kind
 0.5 is chance. "rank" is Spearman's correlation.
 """
 
-import argparse
 import csv
 import datetime
 import platform
@@ -26,7 +25,7 @@ from benchmarks.evaluation.scores import mean_cosine, movement_scores
 from microworld import metrics, studio, world
 from microworld.sprites import Subject
 from sdv.data.media import to_uint8
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 SIDE = 128  # of the pictures that the network is given; the films are 64 pixels wide
@@ -246,11 +245,7 @@ def adapters(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.evaluation.truth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="benchmarks.evaluation.truth", description=__doc__)
     parser.add_argument("--count", type=int, default=40, help="subjects, and renders (default 40)")
     parser.add_argument("--films", type=int, default=20, help="of base and adapter each (default 20)")
     args = parser.parse_args()
