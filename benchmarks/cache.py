@@ -8,10 +8,7 @@ take turns in processes of their own, then two processes of ours share the work;
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +20,7 @@ import torch
 
 import weights
 from benchmarks import alternating
+from benchmarks.results import write_csv
 from microworld import studio
 from sdv.data.cache import Cache, Networks
 from sdv.data.media import from_uint8
@@ -103,15 +101,14 @@ def main() -> None:
     ]
     # A frame of a picture or clip that goes through the VAE, every clip's twice.
     frames = 2 * PAIRS + CLIPS * 2 * weights.open_backbone(studio.TOY).frames
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["side", "seconds", "frames a second", "GB", "pairs", "machine", "date"])
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        for side, of in taken.items():
-            seconds, memory = (statistics.median(turn[field] for turn in of) for field in FIELDS)
-            about = args.pairs, machine, datetime.date.today()
-            writer.writerow([side, seconds, frames / seconds, memory, *about])
-            print(f"{side:10}{seconds:7.2f} s {frames / seconds:7.1f} frames/s {memory:6.2f} GB")
+    rows = []
+    for side, of in taken.items():
+        seconds, memory = (statistics.median(turn[field] for turn in of) for field in FIELDS)
+        rows.append([side, seconds, frames / seconds, memory, args.pairs])
+        print(f"{side:10}{seconds:7.2f} s {frames / seconds:7.1f} frames/s {memory:6.2f} GB")
+    columns = "side", "seconds", "frames a second", "GB", "pairs"
+    about = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    write_csv(Path(__file__).with_suffix(".csv"), columns, rows, about)
     for field in FIELDS:
         print(f"ours / diffusers, {field}: {alternating.compare(taken, field)[2]:.2f}")
 

@@ -7,10 +7,7 @@ weights has been read. Memory is the process's peak, its libraries not counted.
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from safetensors.torch import save_file
 import weights
 from benchmarks import alternating
 from benchmarks.models import COGVIDEOX
+from benchmarks.results import write_csv
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 from sdv.run.settings import Parser, run
 from weights import tiny
@@ -89,15 +87,13 @@ def main() -> None:
         "benchmarks.load", ("diffusers", "ours"), args.pairs, "--folder", str(args.folder)
     )
     assert len({turn["check"] for side in taken.values() for turn in side}) == 1, "not the same weights"
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs", "machine", "date"])
-        machine = f"{platform.machine()}, torch {torch.__version__}"
-        for field in ("seconds", "gigabytes"):
-            (mine, theirs, ratio), size = alternating.compare(taken, field), taken["ours"][0]["size"]
-            today = datetime.date.today()
-            writer.writerow([field, mine, theirs, ratio, size, args.pairs, machine, today])
-            print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")
+    rows, size = [], taken["ours"][0]["size"]
+    for field in ("seconds", "gigabytes"):
+        mine, theirs, ratio = alternating.compare(taken, field)
+        rows.append([field, mine, theirs, ratio, size, args.pairs])
+        print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")
+    columns = "figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs"
+    write_csv(Path(__file__).with_suffix(".csv"), columns, rows, f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ order, takes the first one at or after each wanted time, scales it by swscale an
 takes as many threads for it as it likes. "cores": CPU seconds of all processes in a second (Linux).
 """
 
-import csv
-import datetime
 import multiprocessing
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -22,6 +19,7 @@ import av
 import numpy as np
 import torch
 
+from benchmarks.results import write_csv
 from sdv.data.loader import batches
 from sdv.data.rows import Clips, Pairs
 from sdv.run.settings import Parser, run
@@ -109,12 +107,8 @@ def main() -> None:
                     f"{name}, {workers} workers: {found:.2f}/s on {cores:.2f} cores; plain {alone:.2f}/s on "
                     f"{alone_cores:.2f}; {found / alone:.2f}"
                 )
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        sides = "a second", "cores", "plain, a second", "plain, cores", "ratio"
-        writer.writerow(["what", "workers", *sides, "machine", "date"])
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        writer.writerows([*row, machine, datetime.date.today()] for row in rows)
+    columns = "what", "workers", "a second", "cores", "plain, a second", "plain, cores", "ratio"
+    write_csv(Path(__file__).with_suffix(".csv"), columns, rows, f"{os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

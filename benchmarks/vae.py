@@ -8,16 +8,16 @@ the process grows by while it works, weights not counted.
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks import alternating
+from benchmarks.results import write_csv
 from sdv.run.settings import Parser, run
 
 SHAPES = {  # of the pixels and of the latents
@@ -62,6 +62,16 @@ def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
     return alternating.measured(lambda: work(x))
 
 
+def compared(model: str, dtypes: Sequence[str], pairs: int) -> Iterator[list]:
+    """[dtype, pass, figure, ours, diffusers', ratio, pairs], printed too."""
+    for dtype, what in product(dtypes, ("encode", "decode")):
+        taken = alternating.run("benchmarks.vae", ("ours", "diffusers"), pairs, what, dtype, model)
+        for field in ("seconds", "gigabytes"):
+            mine, theirs, ratio = alternating.compare(taken, field)
+            print(f"{dtype:9}{what:7}{field:10} ours {mine:7.2f} diffusers {theirs:7.2f} {ratio:.3f}")
+            yield [dtype, what, field, mine, theirs, ratio, pairs]
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("model", choices=SHAPES)
@@ -73,20 +83,10 @@ def main() -> None:
         who, what, dtype = args.child
         print(json.dumps(child(who, args.model, what, getattr(torch, dtype))))
         return
-    with open(Path(__file__).with_name(f"vae-{args.model}.csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["dtype", "pass", "figure", "ours", "diffusers", "ratio", "pairs", "machine", "date"])
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        for dtype in args.dtypes:
-            for what in ("encode", "decode"):
-                job = what, dtype, args.model
-                taken = alternating.run("benchmarks.vae", ("ours", "diffusers"), args.pairs, *job)
-                for field in ("seconds", "gigabytes"):
-                    mine, theirs, ratio = alternating.compare(taken, field)
-                    today = str(datetime.date.today())
-                    writer.writerow([dtype, what, field, mine, theirs, ratio, args.pairs, machine, today])
-                    file.flush()
-                    print(f"{dtype:9}{what:7}{field:10} ours {mine:7.2f} diffusers {theirs:7.2f} {ratio:.3f}")
+    columns = "dtype", "pass", "figure", "ours", "diffusers", "ratio", "pairs"
+    file, threads = Path(__file__).with_name(f"vae-{args.model}.csv"), torch.get_num_threads()
+    rows = compared(args.model, args.dtypes, args.pairs)
+    write_csv(file, columns, rows, f"{threads} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ run. "area" is the area under the ROC curve: how often a score of the first kind
 0.5 is chance. "rank" is Spearman's correlation.
 """
 
-import csv
-import datetime
-import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.evaluation.films import spread
 from benchmarks.evaluation.judges import LACKING
 from benchmarks.evaluation.scores import mean_cosine, movement_scores
+from benchmarks.results import write_csv
 from microworld import metrics, studio, world
 from microworld.sprites import Subject
 from sdv.data.media import to_uint8
@@ -244,25 +243,27 @@ def adapters(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
         yield f"{measure} of films, {what}", "area", area(*split), len(seen)
 
 
+def rows_of(findings: Iterable[Finding]) -> Iterator[list]:
+    """Findings as rows of the file, printed too."""
+    for what, figure, value, cases in findings:
+        print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}")
+        yield [what, figure, f"{value:.3f}", cases]
+
+
 def main() -> None:
     parser = Parser(prog="benchmarks.evaluation.truth", description=__doc__)
     parser.add_argument("--count", type=int, default=40, help="subjects, and renders (default 40)")
     parser.add_argument("--films", type=int, default=20, help="of base and adapter each (default 20)")
     args = parser.parse_args()
     judge, of = ImageNet(), studio.cases(args.count)
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["what", "figure", "value", "cases", "machine", "date"])
-        for part in (
-            who_is_it(judge, args.count),
-            how_like_is_it(judge, args.count),
-            renders(judge, of),
-            adapters(judge, studio.cases(args.films)),
-        ):
-            for what, figure, value, cases in part:
-                machine = f"{platform.machine()}, torch {torch.__version__}"
-                writer.writerow([what, figure, f"{value:.3f}", cases, machine, datetime.date.today()])
-                print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}")
+    findings = chain(
+        who_is_it(judge, args.count),
+        how_like_is_it(judge, args.count),
+        renders(judge, of),
+        adapters(judge, studio.cases(args.films)),
+    )
+    file, columns = Path(__file__).with_suffix(".csv"), ("what", "figure", "value", "cases")
+    write_csv(file, columns, rows_of(findings), f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":
