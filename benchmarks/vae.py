@@ -9,6 +9,7 @@ the process grows by while it works, weights not counted.
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import alternating
+from benchmarks.models import made_as, open_model, stock_vae
 from benchmarks.results import write_csv
 from sdv.run.settings import Parser, run
 
@@ -26,37 +28,20 @@ SHAPES = {  # of the pixels and of the latents
 }
 
 
-def ours(model: str) -> nn.Module:
-    if model == "wan":
-        from sdv.models.wan_vae import WanVAE, WanVAEConfig
-
-        return WanVAE(WanVAEConfig())
-    from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
-
-    return CogVideoXVAE(CogVideoXVAEConfig())
-
-
-def diffusers(model: str) -> nn.Module:
-    if model == "wan":
-        from diffusers import AutoencoderKLWan
-
-        from sdv.models.wan_vae import MEAN, STD
-
-        return AutoencoderKLWan(
-            base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
-            patch_size=2, scale_factor_spatial=16, temperal_downsample=[False, True, True],
-            latents_mean=list(MEAN), latents_std=list(STD),
-        )  # fmt: skip
-    from diffusers import AutoencoderKLCogVideoX
-
-    return AutoencoderKLCogVideoX(block_out_channels=(128, 256, 256, 512), scaling_factor=0.7)
+def network(who: str, model: str, dtype: torch.dtype) -> nn.Module:
+    """Ours or diffusers', of the full size, with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        layout, configs = open_model(model, Path(folder))
+    if who == "diffusers":
+        return stock_vae(configs["vae"], dtype, "cpu")
+    with made_as(dtype, "cpu"):
+        return layout.parts["vae"].build().eval()
 
 
 @torch.inference_mode()
 def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
     """Seconds of one pass, and the growth of the process's peak memory in GB."""
-    torch.set_default_dtype(dtype)  # made as float32 first, the weights themselves would be the peak
-    vae = {"ours": ours, "diffusers": diffusers}[who](model).eval()
+    vae = network(who, model, dtype)
     x = torch.randn(SHAPES[model][what == "decode"], dtype=dtype)
     work = vae.encode if what == "encode" else vae.decode
     return alternating.measured(lambda: work(x))
