@@ -32,11 +32,7 @@ def write(folder: Path) -> None:
     others = {"vae/config.json": tiny.VAE | {"latent_channels": 16}}
     others |= {"text_encoder/config.json": tiny.TEXT_ENCODER | {"d_model": 4096}}
     configs = tiny.CONFIGS | others | {"transformer/config.json": CONFIG}
-    for file, content in configs.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(json.dumps(content))
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer/spiece.model").write_bytes(tiny.train_vocabulary(tiny.CORPUS.split("\n"), 256))
+    tiny.write_configs(folder, configs, tiny.train_vocabulary(tiny.CORPUS.strip().splitlines(), 256))
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in CogVideoXDiT(CogVideoXConfig()).named_parameters()}
     shards, size = [{}], 0

@@ -87,9 +87,9 @@ def begin(cfg: Config) -> None:
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
     vocabulary = tiny.train_vocabulary(captions("clips", 5000), 256, umt5=cfg.family == "wan")
-    tiny.create(home(cfg), FAMILIES[cfg.family], vocabulary)
+    tiny.write_configs(home(cfg), FAMILIES[cfg.family], vocabulary)
     for part in open_backbone(home(cfg)).parts.values():
-        (home(cfg) / part.folder / part.file).unlink()
+        (home(cfg) / part.folder / part.file).unlink(missing_ok=True)
 
 
 def load_part(name: str, cfg: Config) -> nn.Module:
