@@ -8,10 +8,7 @@ take turns in processes of their own, then two processes of ours share the work;
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,12 +20,13 @@ import torch
 
 import weights
 from benchmarks import alternating
+from benchmarks.results import write_csv
 from microworld import studio
 from sdv.data.cache import Cache, Networks
 from sdv.data.media import from_uint8
 from sdv.data.rows import Clips, Pairs
 from sdv.run import parallel
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 WORLD = studio.ROOT / "out/cache-benchmark"
 PAIRS, CLIPS = 256, 32
@@ -86,8 +84,7 @@ def theirs(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--child", choices=("ours", "diffusers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -104,15 +101,14 @@ def main() -> None:
     ]
     # A frame of a picture or clip that goes through the VAE, every clip's twice.
     frames = 2 * PAIRS + CLIPS * 2 * weights.open_backbone(studio.TOY).frames
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["side", "seconds", "frames a second", "GB", "pairs", "machine", "date"])
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        for side, of in taken.items():
-            seconds, memory = (statistics.median(turn[field] for turn in of) for field in FIELDS)
-            about = args.pairs, machine, datetime.date.today()
-            writer.writerow([side, seconds, frames / seconds, memory, *about])
-            print(f"{side:10}{seconds:7.2f} s {frames / seconds:7.1f} frames/s {memory:6.2f} GB")
+    rows = []
+    for side, of in taken.items():
+        seconds, memory = (statistics.median(turn[field] for turn in of) for field in FIELDS)
+        rows.append([side, seconds, frames / seconds, memory, args.pairs])
+        print(f"{side:10}{seconds:7.2f} s {frames / seconds:7.1f} frames/s {memory:6.2f} GB")
+    columns = "side", "seconds", "frames a second", "GB", "pairs"
+    about = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    write_csv(Path(__file__).with_suffix(".csv"), columns, rows, about)
     for field in FIELDS:
         print(f"ours / diffusers, {field}: {alternating.compare(taken, field)[2]:.2f}")
 

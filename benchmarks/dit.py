@@ -9,10 +9,7 @@ which ours, kept in fp32 as well, does not: so theirs is measured in bf16 too.
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
 import resource
 import statistics
 import time
@@ -21,7 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import alternating
-from sdv.run.settings import run
+from benchmarks.results import write_csv
+from sdv.run.settings import Parser, run
 
 LAYERS, RANK, ALPHA = 2, 128, 64.0
 SIZE = (1, 16, 1, 30, 46)  # one latent frame of 240 x 368 pixels
@@ -81,8 +79,7 @@ def child(who: str, dtype: torch.dtype, their_lora: torch.dtype, repeats: int) -
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5, help="turns that each side takes")
     parser.add_argument("--repeats", type=int, default=3, help="steps in a turn")
     parser.add_argument("--child", nargs=3, metavar=("WHO", "DTYPE", "LORA"), help=argparse.SUPPRESS)
@@ -99,13 +96,9 @@ def main() -> None:
             mine, theirs, ratio = alternating.compare(taken, field)
             rows.append([dtype, lora, field, mine, theirs, ratio])
             print(f"{dtype}, their LoRA {lora}: {field} {mine:.3f}, theirs {theirs:.3f}, ratio {ratio:.3f}")
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        head = ["dtype", "their LoRA", "figure", "ours", "diffusers + peft", "ratio"]
-        writer.writerow([*head, "machine", "torch", "date"])
-        machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        for row in rows:
-            writer.writerow([*row, machine, torch.__version__, str(datetime.date.today())])
+    columns = "dtype", "their LoRA", "figure", "ours", "diffusers + peft", "ratio"
+    file, threads = Path(__file__).with_suffix(".csv"), torch.get_num_threads()
+    write_csv(file, columns, rows, f"{threads} threads", torch=torch.__version__)
 
 
 if __name__ == "__main__":

@@ -31,22 +31,21 @@ from tqdm import tqdm
 
 from benchmarks.evaluation import films as reels
 from benchmarks.evaluation import table
-from benchmarks.evaluation.films import Film
 from benchmarks.evaluation.judges import ClipJudge, DinoJudge, weight_files
 from benchmarks.evaluation.scores import MEASURES, Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from microworld import movement
 from sdv.data.files import Hashes, digest, make_folder, write_text
-from sdv.run.settings import DEVICE, check_device, run
+from sdv.run.films import Shot
+from sdv.run.settings import DEVICE, Parser, check_device, run
 
 CODE = [Path(inspect.getfile(of)) for of in (film_scores, ClipJudge, movement.speed)]  # of the measures
 PAPERS = ["CLIP ViT-B/32", "DINO ViT-S/16"]
 
 
 def arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="benchmarks.evaluate", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="benchmarks.evaluate", description=__doc__)
     parser.add_argument("films", type=Path, help="folder of films")
     for name, text in (
         ("manifest", "JSONL of the films to judge; FILMS/films.jsonl if not given"),
@@ -77,19 +76,19 @@ def vbench(file: Path | None) -> dict[str, Between]:
     return found
 
 
-def with_refs(films: Sequence[Film], folder: Path) -> list[Film]:
+def with_refs(films: Sequence[Shot], folder: Path) -> list[Shot]:
     """The films, if each has a reference that exists."""
     for film in films:
         if film.ref is None:
             raise ValueError(
-                f"{folder}: {film.path} has no reference_file_name; films without one are --base"
+                f"{folder}: {film.file} has no reference_file_name; films without one are --base"
             )
         if not film.ref.is_file():
-            raise FileNotFoundError(f"{film.ref}: no such file; it is the reference of {film.path}")
+            raise FileNotFoundError(f"{film.ref}: no such file; it is the reference of {film.file}")
     return list(films)
 
 
-def base_films(films: Iterable[Film], base: Sequence[Film], folder: Path) -> list[Film]:
+def base_films(films: Iterable[Shot], base: Sequence[Shot], folder: Path) -> list[Shot]:
     """For each film, the base's of its prompt, of its seed if there is one, beside the film's reference."""
     of_prompt = {film.prompt: film for film in base}
     of_seed = {(film.prompt, film.seed): film for film in base}
@@ -98,33 +97,34 @@ def base_films(films: Iterable[Film], base: Sequence[Film], folder: Path) -> lis
         plain = of_seed.get((film.prompt, film.seed)) or of_prompt.get(film.prompt)
         if plain is None:
             raise ValueError(f"--base {folder}: has no film of {film.prompt!r}; film the same prompts")
-        found[plain.path, film.ref] = plain._replace(ref=film.ref)
+        found[plain.file, film.ref] = plain._replace(ref=film.ref)
     return list(found.values())
 
 
 class Scores:
     """scores.jsonl: the measures of every film so far, each under a name made of all that they depend on."""
 
-    def __init__(self, out: Path, networks: dict[str, list[Path | None]], frames: int, films: Sequence[Film]):
+    def __init__(self, out: Path, networks: dict[str, list[Path | None]], frames: int, films: Sequence[Shot]):
         make_folder(out)
         self.file, self.hashes = out / "scores.jsonl", Hashes(out / "hashes.json")
         files = {name: [file for file in found if file] for name, found in networks.items()}
-        self.hashes.learn({*chain(*files.values()), *chain.from_iterable(film[:2] for film in films)})
+        shown = ((film.file, film.ref) for film in films)
+        self.hashes.learn({*chain(*files.values()), *chain.from_iterable(shown)})
         self.about = [{name: [self.hashes(file) for file in found] for name, found in files.items()}, frames]
         lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.is_file() else []
         self.known = {row["key"]: row["scores"] for line in lines if (row := _whole(line))}
 
-    def key(self, film: Film) -> str:
-        return digest(self.about, self.hashes(film.path), self.hashes(film.ref), film.prompt)
+    def key(self, film: Shot) -> str:
+        return digest(self.about, self.hashes(film.file), self.hashes(film.ref), film.prompt)
 
-    def fresh(self, films: Sequence[Film]) -> list[Film]:
+    def fresh(self, films: Sequence[Shot]) -> list[Shot]:
         """Those that are not judged yet."""
         return [film for film in films if self.key(film) not in self.known]
 
-    def add(self, film: Film, scores: dict[str, float]) -> None:
+    def add(self, film: Shot, scores: dict[str, float]) -> None:
         """Append a line; a half-written one that a stop left behind is ended first."""
         torn = self.file.is_file() and not self.file.read_bytes().endswith(b"\n")
-        names = (os.path.relpath(path, self.file.parent) for path in (film.path, film.ref))
+        names = (os.path.relpath(path, self.file.parent) for path in (film.file, film.ref))
         about = dict(zip(("file_name", "reference_file_name"), names, strict=True))
         row = about | {"prompt": film.prompt, "seed": film.seed, "scores": scores, "key": self.key(film)}
         with open(self.file, "a", encoding="utf-8") as file:
@@ -141,13 +141,13 @@ def _whole(line: str) -> dict | None:
 
 
 def judge(
-    films: Sequence[Film], known: dict[Path, Subject], scores: Scores, judges: Judges, name: str
+    films: Sequence[Shot], known: dict[Path, Subject], scores: Scores, judges: Judges, name: str
 ) -> list[Sample]:
     """Every film's measures: remembered, or taken now and written down one by one."""
     fresh = scores.fresh(films)
     bar = tqdm(fresh, name, total=len(films), initial=len(films) - len(fresh), unit="film", disable=not films)
     for film in bar:
-        frames, fps = reels.read_frames(film.path)
+        frames, fps = reels.read_frames(film.file)
         size = frames.shape[-2:]
         shown, given = reels.canvas(film.ref, *size), reels.as_given(film.ref, *size)
         scores.add(film, film_scores(frames, fps, film.prompt, shown, given, judges))
@@ -155,7 +155,7 @@ def judge(
     return [Sample(subject_of(f.ref, known), f.seed, row) for f, row in zip(films, found, strict=True)]
 
 
-def notes(judges: Judges, films: Sequence[Film], measured: Iterable[str]) -> list[str]:
+def notes(judges: Judges, films: Sequence[Shot], measured: Iterable[str]) -> list[str]:
     """What must be known to read the numbers."""
     lines = [
         "in %: mean ± deviation over seeds [95 % bootstrap interval over subjects]",

@@ -12,7 +12,6 @@ No file is read but diffusers' code, if it is installed. Each measurement is gua
 after --seconds, says so in its row, and the next begins. Rows are added; the table is made of all of them.
 """
 
-import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,40 +30,13 @@ from kernels import dispatch
 from sdv.models.positions import place_reference
 from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.run import plan
-from sdv.run.base_storage import Storage, hold
-from sdv.run.cost import Task
-from sdv.run.settings import run
+from sdv.run.base_storage import hold
+from sdv.run.cost import Settings, Task
+from sdv.run.settings import Parser, run
 
 PARTS = ("steps", "denoise", "vae", "storage")
 IN_TORCH = "sdv, kernels in torch"
 DTYPE = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Step:
-    """The paper's recipe from a cache, as sdv.run.cost.Settings wants it."""
-
-    frames: int
-    height: int
-    width: int
-    device: str
-    rank: int = 128
-    alpha: float = 64.0
-    identity_batch: int = 8
-    motion_batch: int = 1
-    keep_attention: bool = False
-    base_storage: Storage = "device"
-    recompute_every: int = 1
-    p_video: float = 0.2
-    pcgrad: str = "none"
-    cache: str = "there"
-    lora_dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    lora_tokens: str = "all"
-    steps: int = 1
-    accumulate: int = 1
-    dtype: str = "bfloat16"
-    shard: bool = False
 
 
 @dataclass(eq=False)
@@ -72,7 +44,7 @@ class Model:
     name: str
     layout: weights.Layout
     configs: dict[str, dict]  # of its parts, in diffusers' words
-    step: Step
+    step: Settings
     peers: bool  # diffusers + peft are measured too
 
     def inputs(self, task: Task, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +62,7 @@ class Model:
         return plan.speed(self.step, self.layout)
 
     @cache  # noqa: B019  there are two models
-    def plan(self, step: Step, task: Task) -> plan.Prediction:
+    def plan(self, step: Settings, task: Task) -> plan.Prediction:
         return plan.predict(step, self.layout, task, 1)
 
 
@@ -111,7 +83,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def trained(dit: nn.Module, model: Model, step: Step, task: Task, book: Book) -> dict:
+def trained(dit: nn.Module, model: Model, step: Settings, task: Task, book: Book) -> dict:
     """A micro-batch where gradients and AdamW's moments are there already."""
     params = [p for p in dit.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params)
@@ -130,7 +102,7 @@ def trained(dit: nn.Module, model: Model, step: Step, task: Task, book: Book) ->
     return book.clock(work, dit)[0]
 
 
-def sdv_trains(model: Model, step: Step, task: Task, mode: str, book: Book) -> dict:
+def sdv_trains(model: Model, step: Settings, task: Task, mode: str, book: Book) -> dict:
     """Ours, made anew, and what --plan says of it."""
     dit = random_transformer(model.layout, DTYPE, step.device, step.rank, step.alpha)
     if step.base_storage == "cpu":
@@ -255,8 +227,7 @@ def vae(model: Model, book: Book) -> None:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=FULL, default=list(FULL))
     parser.add_argument("--seconds", type=float, default=600, help="nothing is started that would end later")
@@ -277,7 +248,7 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             layout, configs = open_model(name, Path(folder), args.dry, 2 if args.warm else None)
-        step = Step(layout.frames, layout.height, layout.width, device)
+        step = Settings(layout.frames, layout.height, layout.width, device)
         if args.dry:
             step = replace(step, frames=9, height=32, width=64, rank=4, identity_batch=2)
         model = Model(name, layout, configs, step, peers)

@@ -9,10 +9,6 @@ which torch.compile needs and which every call once was, and the plain call of e
 fastest round counts: others say how busy the machine was.
 """
 
-import argparse
-import csv
-import datetime
-import platform
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,10 +19,11 @@ import torch
 from torch import Tensor
 
 import kernels
+from benchmarks.results import write_csv
 from kernels import dispatch
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
-COLUMNS = "operator", "learns", "pass", "operator us", "plain us", "ratio", "machine", "versions", "date"
+COLUMNS = "operator", "learns", "pass", "operator us", "plain us", "ratio"
 CALLS = 10  # of a round: few, so that some rounds end before anybody else wants the core
 WAYS = {"operator": lambda args: True, "plain": dispatch.watched}
 
@@ -86,7 +83,7 @@ def measure(call: Callable, inputs: list[Tensor], rounds: int) -> dict[str, dict
 
 
 def results(rounds: int) -> Iterator[list]:
-    """[operator, who learns, pass, microseconds of each way, ratio], where a launch does nothing."""
+    """[operator, who learns, pass, microseconds of each way, ratio], printed too; a launch does nothing."""
     with dispatch.pretend(90, lambda *launch: None):
         for name, (call, inputs, few) in operators().items():
             learning = [i for i, x in enumerate(inputs) if x.dtype == torch.bfloat16]
@@ -98,23 +95,19 @@ def results(rounds: int) -> Iterator[list]:
                         f"{us['plain']:.1f}",
                         f"{us['plain'] / us['operator']:.2f}",
                     )
-                    yield [name, places, step, *numbers]
+                    row = [name, places, step, *numbers]
+                    print("{:21} {:4} {:9} {:>6} {:>6} us  {}".format(*row))
+                    yield row
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, triton {dispatch.triton.__version__}"
-    with open(args.out, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in results(args.rounds):
-            writer.writerow([*row, f"{platform.machine()}, 1 thread", versions, datetime.date.today()])
-            print("{:21} {:4} {:9} {:>6} {:>6} us  {}".format(*row))
+    write_csv(args.out, COLUMNS, results(args.rounds), "1 thread", versions=versions)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ weights has been read. Memory is the process's peak, its libraries not counted.
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
 from pathlib import Path
 
 import torch
@@ -19,8 +16,9 @@ from safetensors.torch import save_file
 import weights
 from benchmarks import alternating
 from benchmarks.models import COGVIDEOX
+from benchmarks.results import write_csv
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 from weights import tiny
 from weights.cogvideox import DIT_NAMES
 from weights.tensors import rename, reverse
@@ -34,11 +32,7 @@ def write(folder: Path) -> None:
     others = {"vae/config.json": tiny.VAE | {"latent_channels": 16}}
     others |= {"text_encoder/config.json": tiny.TEXT_ENCODER | {"d_model": 4096}}
     configs = tiny.CONFIGS | others | {"transformer/config.json": CONFIG}
-    for file, content in configs.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(json.dumps(content))
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer/spiece.model").write_bytes(tiny.train_vocabulary(tiny.CORPUS.split("\n"), 256))
+    tiny.write_configs(folder, configs, tiny.train_vocabulary(tiny.CORPUS.strip().splitlines(), 256))
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in CogVideoXDiT(CogVideoXConfig()).named_parameters()}
     shards, size = [{}], 0
@@ -75,8 +69,7 @@ def child(who: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--folder", type=Path, default=Path("out/load"))
     parser.add_argument("--child", metavar="WHO", help=argparse.SUPPRESS)
@@ -90,15 +83,13 @@ def main() -> None:
         "benchmarks.load", ("diffusers", "ours"), args.pairs, "--folder", str(args.folder)
     )
     assert len({turn["check"] for side in taken.values() for turn in side}) == 1, "not the same weights"
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs", "machine", "date"])
-        machine = f"{platform.machine()}, torch {torch.__version__}"
-        for field in ("seconds", "gigabytes"):
-            (mine, theirs, ratio), size = alternating.compare(taken, field), taken["ours"][0]["size"]
-            today = datetime.date.today()
-            writer.writerow([field, mine, theirs, ratio, size, args.pairs, machine, today])
-            print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")
+    rows, size = [], taken["ours"][0]["size"]
+    for field in ("seconds", "gigabytes"):
+        mine, theirs, ratio = alternating.compare(taken, field)
+        rows.append([field, mine, theirs, ratio, size, args.pairs])
+        print(f"{field:10} ours {mine:.2f}  diffusers {theirs:.2f}  ratio {ratio:.3f}  of {size:.2f} GB")
+    columns = "figure", "ours", "diffusers", "ratio", "checkpoint GB", "pairs"
+    write_csv(Path(__file__).with_suffix(".csv"), columns, rows, f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":

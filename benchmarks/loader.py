@@ -7,12 +7,8 @@ order, takes the first one at or after each wanted time, scales it by swscale an
 takes as many threads for it as it likes. "cores": CPU seconds of all processes in a second (Linux).
 """
 
-import argparse
-import csv
-import datetime
 import multiprocessing
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -23,9 +19,10 @@ import av
 import numpy as np
 import torch
 
+from benchmarks.results import write_csv
 from sdv.data.loader import batches
 from sdv.data.rows import Clips, Pairs
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 MEDIA = Path(__file__).resolve().parent.parent / "tests/media"
 HEIGHT, WIDTH, FRAMES, FPS = 480, 720, 9, 8
@@ -81,8 +78,7 @@ def again(load: Callable[[int], object], n: int) -> Iterator:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--count", type=int, default=24, help="items of each measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -111,12 +107,8 @@ def main() -> None:
                     f"{name}, {workers} workers: {found:.2f}/s on {cores:.2f} cores; plain {alone:.2f}/s on "
                     f"{alone_cores:.2f}; {found / alone:.2f}"
                 )
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        sides = "a second", "cores", "plain, a second", "plain, cores", "ratio"
-        writer.writerow(["what", "workers", *sides, "machine", "date"])
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        writer.writerows([*row, machine, datetime.date.today()] for row in rows)
+    columns = "what", "workers", "a second", "cores", "plain, a second", "plain, cores", "ratio"
+    write_csv(Path(__file__).with_suffix(".csv"), columns, rows, f"{os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ whence the nouns come). PROMPTS has a prompt a line with {noun} where the subjec
 a beach". Manifests of one folder can be joined, for subjects that need prompts of their own.
 """
 
-import argparse
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.evaluation.subjects import Subject, read_subjects
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 PLACE = "{noun}"
 
@@ -55,8 +54,7 @@ def rows(
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="benchmarks.manifest", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="benchmarks.manifest", description=__doc__)
     parser.add_argument("subjects", type=Path, help="folder with a folder of pictures for each subject")
     parser.add_argument("prompts", type=Path, help=f"text file, a prompt a line with {PLACE}")
     parser.add_argument("out", type=Path, help="JSONL file to write")

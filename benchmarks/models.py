@@ -4,7 +4,6 @@ Their configs are in diffusers' words; a folder of them without weights is a che
 weights. Small ones have the same parts, for a CPU.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,14 +57,8 @@ def open_model(
         configs[f"{part}/config.json"] |= sizes
     if layers:
         configs["transformer/config.json"]["num_layers"] = layers
-    if not small:
-        configs.pop("tokenizer/tokenizer_config.json", None)  # it has the small one's length of prompts
-    for file, content in configs.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(json.dumps(content))
-    (folder / "tokenizer").mkdir(exist_ok=True)
     vocabulary = tiny.train_vocabulary(tiny.CORPUS.strip().splitlines(), 256, umt5=name == "wan")
-    (folder / "tokenizer/spiece.model").write_bytes(vocabulary)
+    tiny.write_configs(folder, configs, vocabulary)
     return weights.open_backbone(folder), {part: configs[f"{part}/config.json"] for part in FULL[name]}
 
 

@@ -8,17 +8,19 @@ the process grows by while it works, weights not counted.
 """
 
 import argparse
-import csv
-import datetime
 import json
-import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks import alternating
-from sdv.run.settings import run
+from benchmarks.models import made_as, open_model, stock_vae
+from benchmarks.results import write_csv
+from sdv.run.settings import Parser, run
 
 SHAPES = {  # of the pixels and of the latents
     "cogvideox": ((1, 3, 17, 240, 360), (1, 16, 5, 30, 45)),
@@ -26,45 +28,37 @@ SHAPES = {  # of the pixels and of the latents
 }
 
 
-def ours(model: str) -> nn.Module:
-    if model == "wan":
-        from sdv.models.wan_vae import WanVAE, WanVAEConfig
-
-        return WanVAE(WanVAEConfig())
-    from sdv.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
-
-    return CogVideoXVAE(CogVideoXVAEConfig())
-
-
-def diffusers(model: str) -> nn.Module:
-    if model == "wan":
-        from diffusers import AutoencoderKLWan
-
-        from sdv.models.wan_vae import MEAN, STD
-
-        return AutoencoderKLWan(
-            base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
-            patch_size=2, scale_factor_spatial=16, temperal_downsample=[False, True, True],
-            latents_mean=list(MEAN), latents_std=list(STD),
-        )  # fmt: skip
-    from diffusers import AutoencoderKLCogVideoX
-
-    return AutoencoderKLCogVideoX(block_out_channels=(128, 256, 256, 512), scaling_factor=0.7)
+def network(who: str, model: str, dtype: torch.dtype) -> nn.Module:
+    """Ours or diffusers', of the full size, with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        layout, configs = open_model(model, Path(folder))
+    if who == "diffusers":
+        return stock_vae(configs["vae"], dtype, "cpu")
+    with made_as(dtype, "cpu"):
+        return layout.parts["vae"].build().eval()
 
 
 @torch.inference_mode()
 def child(who: str, model: str, what: str, dtype: torch.dtype) -> dict:
     """Seconds of one pass, and the growth of the process's peak memory in GB."""
-    torch.set_default_dtype(dtype)  # made as float32 first, the weights themselves would be the peak
-    vae = {"ours": ours, "diffusers": diffusers}[who](model).eval()
+    vae = network(who, model, dtype)
     x = torch.randn(SHAPES[model][what == "decode"], dtype=dtype)
     work = vae.encode if what == "encode" else vae.decode
     return alternating.measured(lambda: work(x))
 
 
+def compared(model: str, dtypes: Sequence[str], pairs: int) -> Iterator[list]:
+    """[dtype, pass, figure, ours, diffusers', ratio, pairs], printed too."""
+    for dtype, what in product(dtypes, ("encode", "decode")):
+        taken = alternating.run("benchmarks.vae", ("ours", "diffusers"), pairs, what, dtype, model)
+        for field in ("seconds", "gigabytes"):
+            mine, theirs, ratio = alternating.compare(taken, field)
+            print(f"{dtype:9}{what:7}{field:10} ours {mine:7.2f} diffusers {theirs:7.2f} {ratio:.3f}")
+            yield [dtype, what, field, mine, theirs, ratio, pairs]
+
+
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", choices=SHAPES)
     parser.add_argument("--pairs", type=int, default=3, help="turns that each side takes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -74,20 +68,10 @@ def main() -> None:
         who, what, dtype = args.child
         print(json.dumps(child(who, args.model, what, getattr(torch, dtype))))
         return
-    with open(Path(__file__).with_name(f"vae-{args.model}.csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["dtype", "pass", "figure", "ours", "diffusers", "ratio", "pairs", "machine", "date"])
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        for dtype in args.dtypes:
-            for what in ("encode", "decode"):
-                job = what, dtype, args.model
-                taken = alternating.run("benchmarks.vae", ("ours", "diffusers"), args.pairs, *job)
-                for field in ("seconds", "gigabytes"):
-                    mine, theirs, ratio = alternating.compare(taken, field)
-                    today = str(datetime.date.today())
-                    writer.writerow([dtype, what, field, mine, theirs, ratio, args.pairs, machine, today])
-                    file.flush()
-                    print(f"{dtype:9}{what:7}{field:10} ours {mine:7.2f} diffusers {theirs:7.2f} {ratio:.3f}")
+    columns = "dtype", "pass", "figure", "ours", "diffusers", "ratio", "pairs"
+    file, threads = Path(__file__).with_name(f"vae-{args.model}.csv"), torch.get_num_threads()
+    rows = compared(args.model, args.dtypes, args.pairs)
+    write_csv(file, columns, rows, f"{threads} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ def begin(cfg: Config) -> None:
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
     said = [scene("clips", i).prompt for i in range(5000)]
     vocabulary = tiny.train_vocabulary(said, 256, umt5=cfg.family == "wan")
-    tiny.create(home(cfg), FAMILIES[cfg.family], vocabulary)
+    tiny.write_configs(home(cfg), FAMILIES[cfg.family], vocabulary)
     for part in open_backbone(home(cfg)).parts.values():
-        (home(cfg) / part.folder / part.file).unlink()
+        (home(cfg) / part.folder / part.file).unlink(missing_ok=True)
 
 
 def load_part(name: str, cfg: Config) -> nn.Module:

@@ -7,10 +7,8 @@ reference; a real render of what was asked for. Two minutes on two quiet CPU cor
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,32 +50,14 @@ def sheet(of: list[Case], films: list[list[Tensor]]) -> Tensor:
 
 def write_gif(path: Path, clip: Tensor, fps: float) -> None:
     """A clip (3, T, H, W) in [-1, 1] as a GIF that repeats, with one palette chosen for all of it."""
-    frames = to_uint8(clip).permute(1, 2, 3, 0).contiguous().numpy()
-    height, width = frames.shape[1:3]
-    rate = Fraction(fps).limit_denominator(100)
-    with av.open(str(path), "w", format="gif", options={"loop": "0"}) as container:
-        stream = container.add_stream("gif", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
-        graph = av.filter.Graph()
-        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
-        split, palette = graph.add("split"), graph.add("palettegen", "max_colors=128")
-        use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
-        source.link_to(split)
-        split.link_to(use, 0, 0)
-        split.link_to(palette, 1, 0)
-        palette.link_to(use, 0, 1)
-        use.link_to(sink)
-        graph.configure()
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = number, 1 / rate
-            source.push(frame)
-        source.push(None)
-        for number in range(len(frames)):
-            frame = sink.pull()
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    from PIL import Image  # matplotlib brings it
+
+    frames = to_uint8(clip).permute(1, 2, 3, 0).contiguous()  # (T, H, W, 3)
+    palette = Image.fromarray(frames.flatten(0, 1).numpy()).quantize(128, kmeans=1)
+    first, *others = (
+        Image.fromarray(frame.numpy()).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
+    )
+    first.save(path, "gif", save_all=True, append_images=others, duration=1000 / fps, loop=0, optimize=True)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from sdv.models.positions import place_reference
 from sdv.models.wan_dit import WanDiT
 from weights import adapter, cogvideox, formats, wan
 from weights import tiny as tiny_models
-from weights.mean import strongest
 from weights.tensors import rename, reverse, save_module
 
 quiet = lambda line: None  # noqa: E731
@@ -312,7 +311,9 @@ def adapted(folder, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_diffusers_loads_a_merged_transformer(family, dtype, folders, tmp_path, monkeypatch, capsys):
     kind, base, file = type(stock(family)), tmp_path / "base", tmp_path / "a.safetensors"
-    weights.save_backbone(weights.load_backbone(folders[family], log=quiet), base, dtype)
+    backbone, base = weights.load_backbone(folders[family], log=quiet), shutil.copytree(folders[family], base)
+    part = backbone.layout.parts["dit"]
+    save_module(backbone.dit, part.names, base / part.folder / part.file, dtype)
     dit = adapted(base, dtype)
     weights.save_adapter(dit, file, "comfyui")
     command(monkeypatch, "merge", file, tmp_path / "out", "--backbone", base)
@@ -368,7 +369,7 @@ def test_the_mean_of_two_adapters_adds_the_mean_of_their_updates(family, tmp_pat
         exact = wanted[path].double().flatten(1)
         least = torch.linalg.svdvals(exact)[2:].norm()  # no other of rank 2 is nearer (Eckart and Young)
         assert (delta.double().flatten(1) - exact).norm() <= least + 1e-6 * exact.norm()
-    A, B = strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
+    A, B = adapter.strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
     assert A.shape == (3, 3) and B.shape == (5, 3)
     weights.save_adapter(plain(next(kind for kind in BUILD if kind is not family)), files[1])
     with pytest.raises(SystemExit, match=r"b\.safetensors: is of another backbone"):

@@ -265,8 +265,6 @@ def test_folders_without_rows_are_refused(copy):
         Clips(copy, 5, 8, 16, 16)
     with pytest.raises(ValueError, match="holds no rows"):
         Pairs(write(copy, "", " "), 16, 16)
-    with pytest.raises(ValueError, match="window 'last': use 'first' or 'random'"):
-        Clips(MEDIA / "clips", 5, 8, 16, 16, window="last")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,7 +18,7 @@ from benchmarks.evaluation.scores import Judges, film_scores
 from benchmarks.evaluation.subjects import read_subjects
 from microworld import world
 from sdv.data.media import fit, write_image, write_video
-from sdv.run.films import read_shots
+from sdv.run.films import Shot, read_shots
 
 # Files
 
@@ -132,8 +132,8 @@ def test_the_whole_command_on_films_of_the_tiny_chain(tiny, networks, tmp_path, 
 
 
 def test_a_film_is_set_beside_the_base_of_its_prompt_and_seed():
-    def film(name: str, ref: str | None, prompt: str, seed: int) -> films.Film:
-        return films.Film(Path(name), ref and Path(ref), prompt, seed)
+    def film(name: str, ref: str | None, prompt: str, seed: int) -> Shot:
+        return Shot(prompt, ref and Path(ref), seed, Path(name))
 
     made = [film("a", "dog", "runs", 0), film("b", "cat", "runs", 1), film("c", "cat", "sits", 5)]
     base = [film("x", None, "runs", 0), film("y", None, "runs", 1), film("z", None, "sits", 0)]
@@ -145,7 +145,7 @@ def test_a_manifest_is_read_as_sample_reads_it(one_film):
     """White space around a prompt is not part of it."""
     write_lines(one_film / "m.jsonl", {"prompt": " a fish\u200b ", "reference_file_name": "ref.png"})
     (found,) = films.read_films(one_film, one_film / "m.jsonl")
-    assert found == films.Film(one_film / "a.mp4", one_film / "ref.png", "a fish", 0)
+    assert found == Shot("a fish", one_film / "ref.png", 0, one_film / "a.mp4")
 
 
 def test_two_films_of_one_request_are_not_averaged(one_film):
@@ -158,7 +158,7 @@ def test_two_films_of_one_request_are_not_averaged(one_film):
         with pytest.raises(ValueError, match="a.mp4 and b.mp4 have one prompt, reference and seed"):
             films.read_films(one_film, wanted)
     write_lines(one_film / "m.jsonl", second)
-    assert [film.path.name for film in films.read_films(one_film, one_film / "m.jsonl")] == ["b.mp4"]
+    assert [film.file.name for film in films.read_films(one_film, one_film / "m.jsonl")] == ["b.mp4"]
     write_lines(one_film / "films.jsonl", {"file_name": "a.mp4", "prompt": ""})  # of an unconditional film
     assert [film.prompt for film in films.read_films(one_film)] == [""]
 

@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import weights
-from benchmarks import fullsize, models
+from benchmarks import models
 from helpers import ROOT
 from sdv.lora import LoRA, LoRALinear, add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.run import plan
 from sdv.run.base_storage import hold
-from sdv.run.cost import build, count, rehearse
+from sdv.run.cost import Settings, build, count, rehearse
 from weights import tiny as tiny_model
 
 # What torch's counter does not know: a sum in place, and fused attention on a CPU.
@@ -214,7 +214,7 @@ def test_an_h100_by_table_is_the_one_that_was_measured(monkeypatch, tmp_path):
     lines = (ROOT / "benchmarks/nvidia-h100-80gb-hbm3/fullsize.jsonl").read_text().splitlines()
     found = [row for row in map(json.loads, lines) if row["commit"] in ("778f133", "cef556c")]
     layout, _ = models.open_model("cogvideox", tmp_path)
-    step = fullsize.Step(layout.frames, layout.height, layout.width, "cuda")
+    step = Settings(layout.frames, layout.height, layout.width, "cuda")
     reached, timed = plan.speed(step, layout), Counter()
     for row in found:
         if row["part"] == "steps" and row["who"] in ("sdv", "sdv --keep-attention") and "seconds" in row:

@@ -265,10 +265,3 @@ def test_prompts_become_features_without_gradient(reference, tiny_vocabulary):
     with torch.no_grad():
         want = model(text.tokenize(prompts)).last_hidden_state  # padding is attended to: no mask
     assert relative_error(features, want) <= 1e-5
-
-
-def test_a_table_without_a_row_for_cls_is_refused(tiny_vocabulary):
-    reader = tokenizer(tiny_vocabulary / "spiece.model")
-    rows = reader.cls_id
-    with pytest.raises(ValueError, match=f"{rows} rows.*id {rows}"):
-        TextEncoder(reader, T5Encoder(T5Config(vocab=rows, dim=8, layers=1, heads=1, head_dim=8, hidden=8)))

@@ -67,9 +67,6 @@ def test_both_ways_equal_diffusers_for_pictures_and_clips(stock, frames):
     assert latents.shape == (2, 6, (frames - 1) // 4 + 1, 4, 6)
     assert relative_error(latents, (posterior.mean - mean) / std) <= 1e-5
     assert relative_error(vae.posterior(clip)[1], posterior.logvar) <= 1e-5
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
-    sample = vae.encode(clip, torch.Generator().manual_seed(3))
-    assert relative_error(sample, (posterior.mean + posterior.std * noise - mean) / std) <= 1e-5
     video = vae.decode(latents)
     assert video.shape == clip.shape
     assert relative_error(video, model.decode(latents * std + mean).sample) <= 1e-5

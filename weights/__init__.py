@@ -10,7 +10,6 @@ from weights.backbone import (
     Backbone,
     load_backbone,
     open_backbone,
-    save_backbone,
     sources,
     token_counter,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "load_backbone",
     "open_backbone",
     "save_adapter",
-    "save_backbone",
     "sources",
     "token_counter",
 ]

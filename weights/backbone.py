@@ -1,6 +1,5 @@
 """A pretrained model as a folder: in the diffusers layout, or in the one that Wan's authors publish."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 from sdv.schedule import Schedule
 from weights import cogvideox, wan
 from weights.layout import Layout
-from weights.tensors import load_into, save_module, shards
+from weights.tensors import load_into, shards
 
 PARTS = ("dit", "vae", "text")
 
@@ -82,14 +81,3 @@ def sources(layout: Layout, parts: Sequence[str] = PARTS) -> list[Path]:
         source = layout.path / part.source
         found += [source] if source.is_file() else shards(source)
     return found
-
-
-def save_backbone(backbone: Backbone, path: str | Path, dtype: torch.dtype) -> None:
-    """Write a whole backbone as a folder that load_backbone, and diffusers, read."""
-    layout, path = backbone.layout, Path(path)
-    for file in layout.files:
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(layout.path / file, path / file)
-    for name, part in layout.parts.items():
-        module = getattr(backbone, name).get_submodule(part.root)
-        save_module(module, part.names, path / part.folder / part.file, dtype)

@@ -146,11 +146,18 @@ VAE_FIELDS: Fields = {
 
 def vae_config(json: dict) -> CogVideoXVAEConfig:
     """vae/config.json -> CogVideoXVAEConfig. ValueError for another autoencoder."""
-    try:
-        return CogVideoXVAEConfig(**read_fields(json, VAE_FIELDS))
-    except ValueError as error:
-        fields = "block_out_channels, norm_num_groups, temporal_compression_ratio: "
-        raise ValueError(f"{'' if ' = ' in str(error) else fields}{error}") from error
+    cfg = CogVideoXVAEConfig(**read_fields(json, VAE_FIELDS))
+    if any(width % cfg.groups for width in cfg.widths):
+        raise ValueError(
+            f"block_out_channels = {list(cfg.widths)}; supported: multiples of norm_num_groups = {cfg.groups}"
+        )
+    ratios = [2**n for n in range(min(len(cfg.widths), 4))]  # 8 frames are encoded together
+    if cfg.temporal_ratio not in ratios:
+        raise ValueError(
+            f"temporal_compression_ratio = {cfg.temporal_ratio}; supported: {', '.join(map(str, ratios))}, "
+            f"one halving at most after each of {len(cfg.widths) - 1} levels"
+        )
+    return cfg
 
 
 # ------------------------------------------------------------------------------------- text encoder

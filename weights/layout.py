@@ -81,11 +81,12 @@ def same_channels(field_in: str, channels_in: int, field_out: str, channels_out:
 
 
 def require_rows(file: Path, tokenizer: Tokenizer, text: T5Config) -> None:
-    """ValueError if the text encoder of a config file has too few rows for a tokenizer."""
-    try:
-        tokenizer.require_rows(text.vocab)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    """ValueError if the text encoder of a config file has no row for the tokenizer's last id, <cls>."""
+    if text.vocab <= tokenizer.cls_id:
+        raise ValueError(
+            f"{file}: text_encoder has {text.vocab} rows (vocab_size), but <cls> of the tokenizer has id "
+            f"{tokenizer.cls_id}: the two are not of one checkpoint, or the table needs more rows"
+        )
 
 
 def same_model(path: Path, dit: DiTConfig, vae: VAEConfig, text: T5Config) -> None:

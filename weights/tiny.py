@@ -6,7 +6,6 @@
 Its videos are noise; it proves that files, shapes, training and sampling fit together.
 """
 
-import argparse
 import io
 import json
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 from weights import open_backbone
 from weights.tensors import save_module
 
@@ -108,14 +107,20 @@ def train_vocabulary(sentences: Iterable[str], size: int, umt5: bool = False) ->
     return model.getvalue()
 
 
-def create(path: str | Path, configs: dict[str, dict], vocabulary: bytes, seed: int = 0) -> None:
-    """Write a randomly initialised checkpoint; configs are keyed by file, e.g. "vae/config.json"."""
+def write_configs(path: str | Path, configs: dict[str, dict], vocabulary: bytes) -> None:
+    """Write a checkpoint without weights; configs are keyed by file, e.g. "vae/config.json"."""
     path = Path(path)
     tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
     for file, content in {"tokenizer/tokenizer_config.json": tokenizer, **configs}.items():
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).write_text(json.dumps(content, indent=2) + "\n")
     (path / "tokenizer/spiece.model").write_bytes(vocabulary)
+
+
+def create(path: str | Path, configs: dict[str, dict], vocabulary: bytes, seed: int = 0) -> None:
+    """Write a randomly initialised checkpoint, as write_configs, with weights."""
+    path = Path(path)
+    write_configs(path, configs, vocabulary)
     torch.manual_seed(seed)
     for part in open_backbone(path).parts.values():
         module = part.build().get_submodule(part.root)
@@ -185,8 +190,7 @@ FAMILIES = {"cogvideox": CONFIGS, "wan": WAN_CONFIGS}
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("path", help="folder to write")
     parser.add_argument("--backbone", choices=FAMILIES, default="cogvideox", help="of which family")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,83 +6,70 @@ A folder of films has films.jsonl, as sample.py writes it: lines {"file_name", "
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdv.data.media import from_uint8, inspect_clip, read_clip, read_image, resize
-from sdv.run.films import read_shots
+from sdv.run.films import Shot, read_shots
 
 FEWEST = 3  # frames of which smoothness speaks
 
 
-class Film(NamedTuple):
-    path: Path | None  # None: a line that says what to film, not where it is
-    ref: Path | None  # picture of the subject
-    prompt: str
-    seed: int
-
-    @property
-    def asks(self) -> tuple[str, str, int]:
-        """What was asked for: reference, prompt, seed."""
-        return str(self.ref and self.ref.resolve()), self.prompt, self.seed
+def asks(film: Shot) -> tuple[str, str, int]:
+    """What was asked for: reference, prompt, seed."""
+    return str(film.ref and film.ref.resolve()), film.prompt, film.seed
 
 
-def films_of(listed: Path) -> list[Film]:
-    """The films of a list; ValueError names the line that cannot be read."""
-    return [Film(shot.file, shot.ref, shot.prompt, shot.seed) for shot in read_shots(listed)]
-
-
-def refuse_twins(films: list[Film], wanted: list[Film], listed: Path) -> None:
+def refuse_twins(films: list[Shot], wanted: list[Shot], listed: Path) -> None:
     """ValueError if two films answer one of the wanted requests: made by other settings, they are no mean."""
-    asked, made = {film.asks for film in wanted}, {}
-    for film in (film for film in films if film.asks in asked):
-        other = made.setdefault(film.asks, film.path)
-        if other != film.path:
+    asked, made = {asks(film) for film in wanted}, {}
+    for film in (film for film in films if asks(film) in asked):
+        other = made.setdefault(asks(film), film.file)
+        if other != film.file:
             raise ValueError(
-                f"{listed}: {other.name} and {film.path.name} have one prompt, reference and seed, and other "
+                f"{listed}: {other.name} and {film.file.name} have one prompt, reference and seed, and other "
                 "settings: give them folders of their own, or name the films in a --manifest"
             )
 
 
-def read_films(folder: Path, manifest: Path | None = None) -> list[Film]:
+def read_films(folder: Path, manifest: Path | None = None) -> list[Shot]:
     """The films of a folder: all that its films.jsonl names, or what a manifest asks for.
 
     Lines of a manifest that have no file_name, as sample.py takes them, are looked up in films.jsonl.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of films")
-    wanted = films_of(manifest or folder / "films.jsonl")
-    if not all(film.path for film in wanted):
-        films = films_of(folder / "films.jsonl")
-        refuse_twins(films, [film for film in wanted if not film.path], folder / "films.jsonl")
-        made = {film.asks: film.path for film in films}
-        wanted = [film._replace(path=film.path or made.get(film.asks)) for film in wanted]
+    wanted = read_shots(manifest or folder / "films.jsonl")
+    if not all(film.file for film in wanted):
+        films = read_shots(folder / "films.jsonl")
+        refuse_twins(films, [film for film in wanted if not film.file], folder / "films.jsonl")
+        made = {asks(film): film.file for film in films}
+        wanted = [film._replace(file=film.file or made.get(asks(film))) for film in wanted]
     elif manifest is None:
         refuse_twins(wanted, wanted, folder / "films.jsonl")
-    lacking = [film for film in wanted if film.path is None or not film.path.is_file()]
+    lacking = [film for film in wanted if film.file is None or not film.file.is_file()]
     if lacking:
-        first = lacking[0].path or f"of {lacking[0].prompt!r}, seed {lacking[0].seed}"
+        first = lacking[0].file or f"of {lacking[0].prompt!r}, seed {lacking[0].seed}"
         raise ValueError(
             f"{manifest or folder / 'films.jsonl'}: {len(lacking)} of {len(wanted)} films are not there, "
             f"the first {first}; let sample.py go on, or remove the lines"
         )
-    return list({film.path: film for film in wanted}.values())  # the last line of a film counts
+    return list({film.file: film for film in wanted}.values())  # the last line of a film counts
 
 
-def check(films: Sequence[Film], frames: int) -> None:
+def check(films: Sequence[Shot], frames: int) -> None:
     """Decode every film and reference once; one ValueError lists the first five that cannot be judged."""
     problems, least = [], max(frames, FEWEST)
     for film in tqdm(films, "check", unit="film", leave=False):
         try:
             if film.ref is not None:
                 read_image(film.ref)
-            found = inspect_clip(film.path).frames
+            found = inspect_clip(film.file).frames
             if found < least:
                 raise ValueError(
-                    f"{film.path}: has {found} frames, {least} are needed; give a lower --frames"
+                    f"{film.file}: has {found} frames, {least} are needed; give a lower --frames"
                 )
         except (ValueError, OSError) as error:
             problems.append(str(error))

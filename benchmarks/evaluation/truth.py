@@ -8,11 +8,8 @@ run. "area" is the area under the ROC curve: how often a score of the first kind
 0.5 is chance. "rank" is Spearman's correlation.
 """
 
-import argparse
-import csv
-import datetime
-import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +20,11 @@ from torch import Tensor, nn
 from benchmarks.evaluation.films import spread
 from benchmarks.evaluation.judges import LACKING
 from benchmarks.evaluation.scores import mean_cosine, movement_scores
+from benchmarks.results import write_csv
 from microworld import metrics, studio, world
 from microworld.sprites import Subject
 from sdv.data.media import to_uint8
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 SIDE = 128  # of the pictures that the network is given; the films are 64 pixels wide
@@ -245,29 +243,27 @@ def adapters(judge: ImageNet, of: Sequence[studio.Case]) -> Iterator[Finding]:
         yield f"{measure} of films, {what}", "area", area(*split), len(seen)
 
 
+def rows_of(findings: Iterable[Finding]) -> Iterator[list]:
+    """Findings as rows of the file, printed too."""
+    for what, figure, value, cases in findings:
+        print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}")
+        yield [what, figure, f"{value:.3f}", cases]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.evaluation.truth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="benchmarks.evaluation.truth", description=__doc__)
     parser.add_argument("--count", type=int, default=40, help="subjects, and renders (default 40)")
     parser.add_argument("--films", type=int, default=20, help="of base and adapter each (default 20)")
     args = parser.parse_args()
     judge, of = ImageNet(), studio.cases(args.count)
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["what", "figure", "value", "cases", "machine", "date"])
-        for part in (
-            who_is_it(judge, args.count),
-            how_like_is_it(judge, args.count),
-            renders(judge, of),
-            adapters(judge, studio.cases(args.films)),
-        ):
-            for what, figure, value, cases in part:
-                machine = f"{platform.machine()}, torch {torch.__version__}"
-                writer.writerow([what, figure, f"{value:.3f}", cases, machine, datetime.date.today()])
-                print(f"{what:64} {figure:11} {value:6.3f}  {cases:4}")
+    findings = chain(
+        who_is_it(judge, args.count),
+        how_like_is_it(judge, args.count),
+        renders(judge, of),
+        adapters(judge, studio.cases(args.films)),
+    )
+    file, columns = Path(__file__).with_suffix(".csv"), ("what", "figure", "value", "cases")
+    write_csv(file, columns, rows_of(findings), f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":

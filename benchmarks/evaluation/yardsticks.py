@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from benchmarks.evaluation.films import FEWEST, Film, as_given, canvas
+from benchmarks.evaluation.films import FEWEST, as_given, canvas
 from benchmarks.evaluation.scores import Judges, film_scores, mean_cosine
 from benchmarks.evaluation.subjects import Subject
 from sdv.data.media import inspect_clip
+from sdv.run.films import Shot
 
 
 class Sample(NamedTuple):
@@ -28,12 +29,12 @@ def subject_of(ref: Path, known: dict[Path, Subject]) -> str:
     return known[ref.resolve()].name if ref.resolve() in known else str(ref)
 
 
-def still_films(films: Sequence[Film], known: dict[Path, Subject], judges: Judges) -> list[Sample]:
+def still_films(films: Sequence[Shot], known: dict[Path, Subject], judges: Judges) -> list[Sample]:
     """Each reference as a film that shows nothing else, under each of its prompts: what copying scores."""
     once = {(film.ref, film.prompt): film for film in films}.values()
     judges, samples = judges._replace(frames=FEWEST), []
     for film in once:
-        height, width = inspect_clip(film.path)[:2]
+        height, width = inspect_clip(film.file)[:2]
         shown = canvas(film.ref, height, width)
         frames = shown[:, None].expand(-1, FEWEST, -1, -1)
         scores = film_scores(frames, 8, film.prompt, shown, as_given(film.ref, height, width), judges)
@@ -41,9 +42,9 @@ def still_films(films: Sequence[Film], known: dict[Path, Subject], judges: Judge
     return samples
 
 
-def pictures(films: Sequence[Film], known: dict[Path, Subject], judges: Judges) -> tuple[list, list]:
+def pictures(films: Sequence[Shot], known: dict[Path, Subject], judges: Judges) -> tuple[list, list]:
     """CLIP-I and DINO-I of references against others of their subject, and other subjects of their noun."""
-    size = inspect_clip(films[0].path)[:2]
+    size = inspect_clip(films[0].file)[:2]
     refs = list(dict.fromkeys(film.ref.resolve() for film in films))
     for ref in refs:
         if ref not in known:

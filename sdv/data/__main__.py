@@ -18,7 +18,7 @@ from sdv.data.captions import say_cut
 from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, left_out, read_lines, scan_rows
 from sdv.data.sheet import write_sheet
 from sdv.data.sizes import MODELS, count_tokens, require_least
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 LEAST = {"fps": 0.01, "text": 0, "spatial_ratio": 1, "temporal_ratio": 1, "patch": 1, "workers": 1}
 
@@ -96,9 +96,7 @@ def _clip_verdict(row: Row, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """What the command returns: its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdv.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m sdv.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("check", help="decode every file of a folder once, with a verdict a row")
     one.add_argument("folder")

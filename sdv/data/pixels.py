@@ -32,8 +32,6 @@ def resize(
     "crop": cover the target (`zoom` times over), then cut; `at` says where in what sticks out (0.5: centre).
     "pad": fit inside the target, centred on a white canvas. Memory is bounded whatever the shape.
     """
-    if mode not in ("crop", "pad"):
-        raise ValueError(f"mode {mode!r}: use 'crop' or 'pad'")
     crop = mode == "crop"
     bound = max if crop else min
     h, w = images.shape[-2:]

@@ -227,13 +227,11 @@ class Pairs(Rows):
 
 
 class Clips(Rows):
-    """A video and its caption: {"clip" (3, T, H, W), "prompt", "row"}; its first window or a random one."""
+    """A video and its caption: {"clip" (3, T, H, W), "prompt", "row"}; the "first" or a "random" window."""
 
     def __init__(
         self, folder: str | Path, frames: int, fps: float, height: int, width: int, window: str = "first"
     ):
-        if window not in ("first", "random"):
-            raise ValueError(f"window {window!r}: use 'first' or 'random'")
         self.rows = read_rows(folder, CLIP)
         self.frames, self.fps, self.size, self.random = frames, fps, (height, width), window == "random"
 

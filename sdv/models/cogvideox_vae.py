@@ -35,16 +35,6 @@ class CogVideoXVAEConfig:
     height: int = 480
     width: int = 720
 
-    def __post_init__(self):
-        if any(width % self.groups for width in self.widths):
-            raise ValueError(f"widths {self.widths} are not multiples of the {self.groups} groups of a norm")
-        halvings = range(min(len(self.widths), 4))
-        if self.temporal_ratio not in [2**n for n in halvings]:
-            raise ValueError(
-                f"temporal_ratio {self.temporal_ratio} is not one of {[2**n for n in halvings]}: "
-                f"one halving at most after each of {len(self.widths) - 1} levels, and {ENCODE_FRAMES} frames"
-            )
-
     @property
     def spatial_ratio(self) -> int:
         return 2 ** (len(self.widths) - 1)

@@ -45,14 +45,6 @@ class Tokenizer:
         self.special |= {f"<extra_id_{i}>": self.cls_id - 1 - i for i in range(extra_ids)}
         self.boundary = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
 
-    def require_rows(self, rows: int) -> None:
-        """ValueError if an encoder's table of so many rows has none for <cls>."""
-        if rows <= self.cls_id:
-            raise ValueError(
-                f"text_encoder has {rows} rows (vocab_size), but <cls> of the tokenizer has id "
-                f"{self.cls_id}: the two are not of one checkpoint, or the table needs more rows"
-            )
-
     def __call__(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts to ids (B, max_length) int64. A prompt that is too long loses its tail but keeps </s>."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -200,7 +192,6 @@ class TextEncoder(nn.Module):
 
     def __init__(self, tokenizer: Tokenizer, encoder: T5Encoder):
         super().__init__()
-        tokenizer.require_rows(encoder.cfg.vocab)
         self.tokenizer, self.encoder = tokenizer, encoder
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:

@@ -41,20 +41,12 @@ class VideoVAE(nn.Module):
         space = self.cfg.spatial_ratio
         self.tiles = tile(height, overlap_height, space), tile(width, overlap_width, space)
 
-    def encode(self, clip: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): posterior mean, or a sample.
+    def encode(self, clip: Tensor) -> Tensor:
+        """Clip (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, C, T', h, w): the posterior's mean.
 
         T is temporal_ratio * k + 1, T' is k + 1. ValueError for other frames, or sides that do not divide.
         """
-        return self.scaled(sample_posterior(*self.posterior(clip), rng))
-
-
-def sample_posterior(mean: Tensor, logvar: Tensor, rng: torch.Generator | None) -> Tensor:
-    """Its mean without a generator."""
-    if rng is None:
-        return mean
-    noise = torch.randn(mean.shape, generator=rng, device=rng.device, dtype=mean.dtype)
-    return mean + torch.exp(logvar / 2) * noise.to(mean.device)
+        return self.scaled(self.posterior(clip)[0])
 
 
 # -------------------------------------------------------------------------------------- chunks and tiles

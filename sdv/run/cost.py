@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -30,30 +31,34 @@ Task = Literal["identity", "motion"]
 IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch's counter knows only the second
 
 
-class Settings(Protocol):
-    """What memory and time depend on, of train.py's Config; a dataclass."""
+@dataclass(frozen=True)
+class Settings:
+    """What memory and time depend on; defaults are the paper's recipe from a cache.
+
+    train.py's Config, which has these fields too, is taken in its place.
+    """
 
     frames: int
     height: int
     width: int
-    p_video: float
-    pcgrad: str
-    cache: str
-    rank: int
-    alpha: float
-    lora_dropout: float
-    targets: tuple[str, ...]
-    lora_tokens: str
-    steps: int
-    identity_batch: int
-    motion_batch: int
-    accumulate: int
     device: str
-    dtype: str
-    recompute_every: int
-    keep_attention: bool
-    shard: bool
-    base_storage: Storage
+    rank: int = 128
+    alpha: float = 64.0
+    identity_batch: int = 8
+    motion_batch: int = 1
+    keep_attention: bool = False
+    base_storage: Storage = "device"
+    recompute_every: int = 1
+    p_video: float = 0.2
+    pcgrad: str = "none"
+    cache: str = "there"
+    lora_dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    lora_tokens: str = "all"
+    steps: int = 1
+    accumulate: int = 1
+    dtype: str = "bfloat16"
+    shard: bool = False
 
 
 class Layout(Protocol):

@@ -5,7 +5,6 @@
 Reads RUN/probes.jsonl, also while it is written. How the numbers are made: sdv.diagnostics.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from sdv.objectives import TASKS
 from sdv.run.log import read_log
-from sdv.run.settings import run
+from sdv.run.settings import Parser, run
 
 COLOURS = {
     "cross": "#c1272d", "identity": "#e08e0b", "motion": "#2670b5", "corrected": "#5b2a86", "null": "#888888",
@@ -270,7 +269,7 @@ def section(runs: list[tuple[str, list[dict]]], picture: bytes) -> str:
 
 def main() -> None:
     about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m sdv.run.report", description=about)
+    parser = Parser(prog="python -m sdv.run.report", description=about)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folders of train.py")
     parser.add_argument("--out", type=Path, help="the picture (default: probes.png in the first run)")
     parser.add_argument("--html", type=Path, help="also a page that holds it")

@@ -73,8 +73,7 @@ def parse(
     `X | None` fields are None unless given. renamed: {old name: new name}, still read, with a line that says
     so. ValueError for a number out of its Range.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=description)
     for owner in reversed(kind.__mro__[:-1]):
         comments, hints = _comments(owner), typing.get_type_hints(owner)
         own = [name for name in owner.__dict__.get("__annotations__", {}) if name in hints]
@@ -96,6 +95,11 @@ def parse(
 
 
 class Parser(argparse.ArgumentParser):
+    """Of every command: a description keeps its lines, and a flag has no shorter form."""
+
+    def __init__(self, **options: object):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the names of all flags before it."""
         self.exit(2, f"error: {message}; --help lists all settings\n")
