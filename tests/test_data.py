@@ -332,14 +332,6 @@ def test_check_explains_what_it_cannot_do(capsys, tmp_path):
         assert message in err
 
 
-def test_check_is_a_command():
-    words = [sys.executable, "-m", "sdv.data", "check", MEDIA / "clips", "--fps", "8"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "3 clips: 1 ok, 2 bad" in done.stdout
-    assert done.stderr == ""
-
-
 # The media of this repository
 
 
