@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import weights.cogvideox
+import weights.wan
 from sdv.diagnostics import probe
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.text import Tokenizer
+from sdv.models.wan_dit import WanDiT
 from sdv.run.settings import run as run_command
 from weights.tensors import load_into, read_json
+from weights.tiny import WAN_CONFIGS
 from weights.vocabulary import read_pieces
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +67,19 @@ def load_dit(folder) -> CogVideoXDiT:
         dit = CogVideoXDiT(weights.cogvideox.dit_config(read_json(folder / "config.json")))
     load_into(dit, weights.cogvideox.DIT_NAMES, folder, "cpu", torch.float32)
     return dit.eval()
+
+
+def build(family: type[nn.Module] = CogVideoXDiT) -> nn.Module:
+    """A small transformer of random numbers."""
+    if family is WanDiT:
+        return WanDiT(weights.wan.dit_config(WAN_CONFIGS["transformer/config.json"]))
+    return CogVideoXDiT(weights.cogvideox.dit_config(TINY_DIT))
+
+
+def lora_pair(rank: int = 4, width: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, width) and B (width, rank) of one layer, the same every time."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(rank, width, generator=rng), torch.randn(width, rank, generator=rng)
 
 
 def stock_rope(stock, frames: int, height: int, width: int):

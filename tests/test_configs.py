@@ -225,12 +225,9 @@ def largest(piece: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------- whole folders
-@pytest.fixture(scope="module")
-def folders(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("wan")
-    sentences = tiny_models.CORPUS.strip().splitlines()
-    tiny_models.create(path, tiny_models.WAN_CONFIGS, tiny_models.train_vocabulary(sentences, 256, umt5=True))
-    return {"cogvideox": tiny, "wan": path}
+@pytest.fixture
+def folders(tiny, tiny_wan):
+    return {"cogvideox": tiny, "wan": tiny_wan}
 
 
 @pytest.fixture(params=["cogvideox", "wan"])
