@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import train
 import weights.cogvideox
 import weights.wan
+from sdv.data.rows import Clips, Pairs
 from sdv.diagnostics import probe
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.text import Tokenizer
 from sdv.models.wan_dit import WanDiT
+from sdv.objectives import denoising_loss, draws_of
 from sdv.run.settings import run as run_command
 from weights.tensors import load_into, read_json
 from weights.tiny import WAN_CONFIGS
@@ -163,6 +166,28 @@ def assert_close(a, b, step):
     for half in ("lora_A", "lora_B"):
         mine, its = (torch.cat([t.flatten() for n, t in x.items() if half in n]) for x in (ours, theirs))
         assert (mine - its).norm() <= 1e-6 * its.norm()
+
+
+@torch.no_grad()
+def fixed_losses(backbone: Path, adapter: Path | None) -> dict[str, float]:
+    """Each task's loss over the vendored media, on noise and times that do not change."""
+    loaded = weights.load_backbone(backbone, log=lambda line: None)
+    if adapter:
+        weights.load_adapter(loaded.dit, adapter)
+    ref_tokens = 64 * 96 // (loaded.layout.spatial_ratio * loaded.layout.patch) ** 2
+    enc, cfg = train.Encoders(loaded.vae.encode, loaded.text, ref_tokens), train.Config(p_drop=0.0)
+    data = {"identity": Pairs(MEDIA / "pairs", 64, 96), "motion": Clips(MEDIA / "clips", 9, 8, 64, 96)}
+    found = {}
+    for task, rows in data.items():
+        values = []
+        for i in range(len(rows)):
+            batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in rows[i].items()}
+            pair = train.PAIR_OF[task](batch, enc, cfg, draws_of((7, i), [(7, i, 0)]))
+            for draw in range(4):
+                loss = denoising_loss(loaded.dit, loaded.schedule, pair, draws_of((8,), [(8, i, draw)]))
+                values.append(loss.value.item())
+        found[task] = sum(values) / len(values)
+    return found
 
 
 # Disks
