@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from weights.tiny import CONFIGS, CORPUS, create, train_vocabulary
+from weights.tiny import CONFIGS, CORPUS, WAN_CONFIGS, create, train_vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,14 @@ def tiny(tmp_path_factory):
     """The folder of a tiny random CogVideoX, with every part of the 5B model."""
     path = tmp_path_factory.mktemp("tiny")
     create(path, CONFIGS, train_vocabulary(CORPUS.strip().splitlines(), 256))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory):
+    """The folder of a tiny random Wan, with every part of the 5B model."""
+    path = tmp_path_factory.mktemp("tiny-wan")
+    create(path, WAN_CONFIGS, train_vocabulary(CORPUS.strip().splitlines(), 256, umt5=True))
     return path
 
 

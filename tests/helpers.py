@@ -5,21 +5,29 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import train
 import weights.cogvideox
+import weights.wan
+from sdv.data.rows import Clips, Pairs
 from sdv.diagnostics import probe
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.text import Tokenizer
+from sdv.models.wan_dit import WanDiT
+from sdv.objectives import denoising_loss, draws_of
 from sdv.run.settings import run as run_command
 from weights.tensors import load_into, read_json
+from weights.tiny import WAN_CONFIGS
 from weights.vocabulary import read_pieces
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +74,19 @@ def load_dit(folder) -> CogVideoXDiT:
     return dit.eval()
 
 
+def build(family: type[nn.Module] = CogVideoXDiT) -> nn.Module:
+    """A small transformer of random numbers."""
+    if family is WanDiT:
+        return WanDiT(weights.wan.dit_config(WAN_CONFIGS["transformer/config.json"]))
+    return CogVideoXDiT(weights.cogvideox.dit_config(TINY_DIT))
+
+
+def lora_pair(rank: int = 4, width: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, width) and B (width, rank) of one layer, the same every time."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(rank, width, generator=rng), torch.randn(width, rank, generator=rng)
+
+
 def stock_rope(stock, frames: int, height: int, width: int):
     """The rotary table that diffusers' pipeline makes for a latent size."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -100,6 +121,20 @@ def random_inputs(batch=2, frames=3, height=8, width=12, seed=1):
     return video, torch.randint(1000, (batch,), generator=rng), text, ref
 
 
+def assert_recomputing_changes_no_gradient(load: Callable[[], nn.Module], training: bool, inputs) -> None:
+    """Of a backbone's LoRA, at every spacing of recomputed blocks, with attention kept and without."""
+    gradients = []
+    for every, kept in ((0, False), (1, False), (2, False), (1, True), (2, True)):
+        dit = load().train(training)
+        torch.manual_seed(0)
+        add_lora(dit, 4, 4.0, dit.lora_targets)
+        dit.recompute_every, dit.keep_attention = every, kept
+        dit(*inputs).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(dit).values()]))
+    assert gradients[0].norm() > 0
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+
+
 # The scripts
 
 
@@ -123,11 +158,15 @@ def run(monkeypatch, script, options: dict) -> None:
     script.main()
 
 
-def state(out: Path, step: int) -> tuple[dict, dict]:
+def state(out: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """{name: tensor} of a save, with the optimizer's and the gradients kept for surgery; samples taken."""
     folder = out / f"step-{step:06d}"
     training = torch.load(folder / "training.pt", weights_only=True)
-    moments = {f"{i}.{k}": v for i, entry in training["optimizer"]["state"].items() for k, v in entry.items()}
-    return load_file(folder / "adapter.safetensors") | moments, training["samples"]
+    found = load_file(folder / "adapter.safetensors")
+    found |= {f"{i}.{k}": v for i, entry in training["optimizer"]["state"].items() for k, v in entry.items()}
+    for task, past in training["past"].items():
+        found |= {f"{task}.{i}.{j}": g for i, grads in enumerate(past) for j, g in enumerate(grads)}
+    return found, training["samples"]
 
 
 def assert_same(a: Path, b: Path, step: int) -> None:
@@ -147,6 +186,28 @@ def assert_close(a, b, step):
     for half in ("lora_A", "lora_B"):
         mine, its = (torch.cat([t.flatten() for n, t in x.items() if half in n]) for x in (ours, theirs))
         assert (mine - its).norm() <= 1e-6 * its.norm()
+
+
+@torch.no_grad()
+def fixed_losses(backbone: Path, adapter: Path | None) -> dict[str, float]:
+    """Each task's loss over the vendored media, on noise and times that do not change."""
+    loaded = weights.load_backbone(backbone, log=lambda line: None)
+    if adapter:
+        weights.load_adapter(loaded.dit, adapter)
+    ref_tokens = 64 * 96 // (loaded.layout.spatial_ratio * loaded.layout.patch) ** 2
+    enc, cfg = train.Encoders(loaded.vae.encode, loaded.text, ref_tokens), train.Config(p_drop=0.0)
+    data = {"identity": Pairs(MEDIA / "pairs", 64, 96), "motion": Clips(MEDIA / "clips", 9, 8, 64, 96)}
+    found = {}
+    for task, rows in data.items():
+        values = []
+        for i in range(len(rows)):
+            batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in rows[i].items()}
+            pair = train.PAIR_OF[task](batch, enc, cfg, draws_of((7, i), [(7, i, 0)]))
+            for draw in range(4):
+                loss = denoising_loss(loaded.dit, loaded.schedule, pair, draws_of((8,), [(8, i, draw)]))
+                values.append(loss.value.item())
+        found[task] = sum(values) / len(values)
+    return found
 
 
 # Disks
@@ -178,6 +239,26 @@ GRID = np.array(
 def blocks(cell: int = 16) -> np.ndarray:
     """(2 cell, 3 cell, 3) picture that looks different in each of the eight orientations."""
     return GRID.repeat(cell, 0).repeat(cell, 1)
+
+
+def encode(path: Path, pictures, pts, unit=Fraction(1, 1000), codec="libx264", tags=None, **options) -> Path:
+    """RGB pictures with presentation stamps -> video file; B-frames as the encoder likes."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"crf": "8", **options})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", unit
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        for picture, stamp in zip(pictures, pts, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = int(stamp), unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def flat(levels, height: int = 32, width: int = 32) -> list[np.ndarray]:
+    return [np.full((height, width, 3), level, np.uint8) for level in levels]
 
 
 def chw(image) -> torch.Tensor:

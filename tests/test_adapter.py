@@ -10,23 +10,19 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import weights
-from helpers import TINY_DIT, full_disk, relative_error, run
+from helpers import TINY_DIT, build, full_disk, lora_pair, relative_error, run
 from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
 from sdv.lora import merge as merge_lora
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.positions import place_reference
 from sdv.models.wan_dit import WanDiT
 from weights import adapter, cogvideox, formats, wan
-from weights import tiny as tiny_models
 from weights.tensors import rename, reverse, save_module
+from weights.tiny import WAN_CONFIGS
 
 quiet = lambda line: None  # noqa: E731
-TINY = {CogVideoXDiT: TINY_DIT, WanDiT: tiny_models.WAN_CONFIGS["transformer/config.json"]}
-BUILD = {
-    CogVideoXDiT: lambda: CogVideoXDiT(cogvideox.dit_config(TINY[CogVideoXDiT])),
-    WanDiT: lambda: WanDiT(wan.dit_config(TINY[WanDiT])),
-}
-FAMILIES = pytest.mark.parametrize("family", BUILD, ids=formats.label)
+TINY = {CogVideoXDiT: TINY_DIT, WanDiT: WAN_CONFIGS["transformer/config.json"]}
+FAMILIES = pytest.mark.parametrize("family", TINY, ids=formats.label)
 
 
 def randomised(dit, groups):
@@ -46,13 +42,13 @@ NOT_VISUAL = ("text_in", "mod1", "mod2", "cross.k", "cross.v")
 
 def plain(family, left_out=()):
     """One rank, one alpha, at a scale that no binary fraction equals."""
-    dit = BUILD[family]()
+    dit = build(family)
     return randomised(dit, [(6, 4.0, tuple(target for target in dit.lora_targets if target not in left_out))])
 
 
 def mixed(family, left_out=()):
     """A rank and an alpha for every kind of layer, most of them unlike the others."""
-    dit = BUILD[family]()
+    dit = build(family)
     targets = [target for target in dit.lora_targets if target not in left_out]
     return randomised(dit, [(2 + i // 2, 1.7 + i, (target,)) for i, target in enumerate(targets)])
 
@@ -69,7 +65,7 @@ def assert_same(found, wanted):
 
 def reloaded(family, source):
     """A model with the LoRA of a file, and what was said about it."""
-    dit = BUILD[family]()
+    dit = build(family)
     return dit, weights.load_adapter(dit, source)
 
 
@@ -86,7 +82,7 @@ def test_every_format_brings_back_every_update_and_the_notes(family, make, forma
     dit.ref_position = dit.ref_positions[-1]
     weights.save_adapter(dit, target_of(tmp_path, format), format)
     with torch.device("meta"):  # as the scripts try an adapter before they load a model
-        weights.load_adapter(BUILD[family](), target_of(tmp_path, format))
+        weights.load_adapter(build(family), target_of(tmp_path, format))
     again, line = reloaded(family, target_of(tmp_path, format))
     assert_same(deltas(again), deltas(dit))
     assert ("the rank, as always in DiffSynth" if format == "diffsynth" else "from the file") in line
@@ -119,7 +115,7 @@ def command(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("alpha", [2.0, 3.0], ids=["power of two", "other"])
 def test_folding_the_scale_into_a_bf16_file_rounds_nothing(alpha, tmp_path):
-    dit, file = BUILD[WanDiT](), tmp_path / "a.safetensors"
+    dit, file = build(WanDiT), tmp_path / "a.safetensors"
     randomised(dit, [(4, alpha, dit.lora_targets)]).bfloat16()
     weights.save_adapter(dit, file, "diffsynth")
     assert_same(deltas(reloaded(WanDiT, file)[0]), deltas(dit))
@@ -208,7 +204,7 @@ def test_cogvideox_in_comfyui_has_the_names_of_its_converter(tmp_path):
     # ComfyUI's model is diffusers' with these replacements; its LoRA keys are its weights' names.
     names = ("transformer_blocks.", "blocks."), ("attn1.to_out.0", "attn_out"), ("attn1.to_", "")
     names += ("ff.net.0.proj", "ff_proj"), ("ff.net.2", "ff_out"), ("time_embedding.", "time_embedding_")
-    dit = BUILD[CogVideoXDiT]()
+    dit = build(CogVideoXDiT)
     randomised(dit, [(4, 2.0, (*dit.lora_targets, "time_in.linear_1", "mod_out", "proj_out"))])
     wanted = set()
     for path in lora_modules(dit):
@@ -244,38 +240,44 @@ def test_what_peft_and_diffusers_save_has_the_same_updates_here(family, rslora, 
         assert_same(deltas(reloaded(family, source)[0]), wanted)
 
 
-def pair(rank=4, out=128, fan_in=128, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, fan_in, generator=rng), torch.randn(out, rank, generator=rng)
-
-
 @pytest.mark.parametrize(
-    ("down", "up", "alpha"),
+    ("stem", "halves", "alpha", "format"),
     [
-        ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", "lora_up.weight", True),
-        ("diffusion_model.blocks.0.attn1.to_q.lora_A.default.weight", "lora_B.default.weight", True),
-        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "lora_up.weight", True),
-        ("blocks.0.self_attn.q.lora_A.default.weight", "lora_B.default.weight", False),
-        ("pipe.dit.blocks.0.self_attn.q.lora_A.default.weight", "lora_B.default.weight", False),
-        ("base_model.model.blocks.0.self_attn.q.lora_A.weight", "lora_B.weight", None),
-        ("blocks.0.self_attn.q.lora_A.weight", "lora_B.weight", None),
-        ("transformer.blocks.0.attn1.to_q.lora_A.default.weight", "lora_B.default.weight", None),
-        ("transformer.blocks.0.attn1.to_q.lora.down.weight", "lora.up.weight", None),
+        ("diffusion_model.blocks.0.self_attn.q", ("lora_down", "lora_up"), "file", "comfyui"),
+        ("diffusion_model.blocks.0.self_attn.q", ("lora.down", "lora.up"), "file", "comfyui"),
+        ("diffusion_model.blocks.0.attn1.to_q", ("lora_A.default", "lora_B.default"), "file", "comfyui"),
+        ("model.diffusion_model.blocks.0.self_attn.q", ("lora_down", "lora_up"), "file", "comfyui"),
+        ("model.diffusion_model.blocks.0.self_attn.q", ("lora_A", "lora_B"), "file", "comfyui"),
+        ("diffusion_model._orig_mod.blocks.0.self_attn.q", ("lora_A", "lora_B"), "file", "comfyui"),
+        ("lora_unet_blocks_0_self_attn_q", ("lora_down", "lora_up"), "file", "kohya"),
+        ("lora_unet__blocks_0_self_attn_q", ("lora_down", "lora_up"), "file", "kohya"),
+        ("lora_transformer_blocks_0_attn1_to_q", ("lora_down", "lora_up"), "file", "kohya"),
+        ("lycoris_blocks_0_attn1_to_q", ("lora_down", "lora_up"), "file", "kohya"),
+        ("blocks.0.self_attn.q", ("lora_A.default", "lora_B.default"), "rank", "diffsynth"),
+        ("pipe.dit.blocks.0.self_attn.q", ("lora_A.default", "lora_B.default"), "rank", "diffsynth"),
+        ("base_model.model.blocks.0.self_attn.q", ("lora_A", "lora_B"), "", "peft"),
+        ("base_model.model._orig_mod.blocks.0.attn1.to_q", ("lora_A", "lora_B"), "", "peft"),
+        ("blocks.0.self_attn.q", ("lora_A", "lora_B"), "", "diffusers"),
+        ("blocks.0.self_attn.q", ("lora_down", "lora_up"), "", "diffusers"),
+        ("transformer.blocks.0.attn1.to_q", ("lora_A.default", "lora_B.default"), "", "diffusers"),
+        ("transformer.blocks.0.attn1.to_q", ("lora_down", "lora_up"), "", "diffusers"),
+        ("module.transformer.blocks.0.attn1.to_q", ("lora_A", "lora_B"), "", "diffusers"),
+        ("transformer.blocks.0.attn1.to_q", ("lora.down", "lora.up"), "", "diffusers-old"),
     ],
 )
-def test_keys_as_people_have_them(down, up, alpha, tmp_path):
-    """alpha: in the file, the rank by convention, or (None) nowhere."""
-    (a, b), stem = pair(), down[: down.index(".lora")]
-    tensors = {down: a, f"{stem}.{up}": b}
-    tensors |= {f"{stem}.alpha": torch.tensor(6.0).bfloat16()} if alpha else {}
-    save_file(tensors, tmp_path / "a.safetensors")
-    dit = BUILD[WanDiT]()
-    if alpha is None:
+def test_keys_as_people_and_other_tools_have_them(stem, halves, alpha, format, tmp_path):
+    """alpha: in the file, the rank by convention, or nowhere."""
+    (a, b), dit, file = lora_pair(), build(WanDiT), tmp_path / "a.safetensors"
+    tensors = {f"{stem}.{half}.weight": tensor for half, tensor in zip(halves, (a, b), strict=True)}
+    tensors |= {f"{stem}.alpha": torch.tensor(6.0).bfloat16()} if alpha == "file" else {}
+    save_file(tensors, file)
+    assert formats.read(file).format == format
+    if not alpha:
         with pytest.raises(ValueError, match=r"a\.safetensors.*--lora-alpha"):
-            weights.load_adapter(dit, tmp_path / "a.safetensors")
-    line = weights.load_adapter(dit, tmp_path / "a.safetensors", 6.0 if alpha is None else None)
-    assert_same(deltas(dit), {"blocks.0.attn.q": (1.0 if alpha is False else 1.5) * (b @ a)})
-    assert {True: "from the file", False: "the rank, as always", None: "as asked"}[alpha] in line
+            weights.load_adapter(dit, file)
+    line = weights.load_adapter(dit, file, None if alpha else 6.0)
+    assert_same(deltas(dit), {"blocks.0.attn.q": (1.0 if alpha == "rank" else 1.5) * (b @ a)})
+    assert {"file": "from the file", "rank": "the rank, as always", "": "as asked"}[alpha] in line
 
 
 @FAMILIES
@@ -293,13 +295,10 @@ def test_a_released_file_without_alpha_converts_once_alpha_is_given(family, tmp_
 
 
 # ------------------------------------------------------------------------------------------ the commands
-@pytest.fixture(scope="module")
-def folders(tiny, tmp_path_factory):
+@pytest.fixture
+def folders(tiny, tiny_wan):
     """A tiny checkpoint of each family."""
-    path = tmp_path_factory.mktemp("wan")
-    sentences = tiny_models.CORPUS.strip().splitlines()
-    tiny_models.create(path, tiny_models.WAN_CONFIGS, tiny_models.train_vocabulary(sentences, 256, umt5=True))
-    return {CogVideoXDiT: tiny, WanDiT: path}
+    return {CogVideoXDiT: tiny, WanDiT: tiny_wan}
 
 
 def adapted(folder, dtype=torch.float32):
@@ -371,7 +370,7 @@ def test_the_mean_of_two_adapters_adds_the_mean_of_their_updates(family, tmp_pat
         assert (delta.double().flatten(1) - exact).norm() <= least + 1e-6 * exact.norm()
     A, B = adapter.strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
     assert A.shape == (3, 3) and B.shape == (5, 3)
-    weights.save_adapter(plain(next(kind for kind in BUILD if kind is not family)), files[1])
+    weights.save_adapter(plain(next(kind for kind in TINY if kind is not family)), files[1])
     with pytest.raises(SystemExit, match=r"b\.safetensors: is of another backbone"):
         command(monkeypatch, "mean", *files)
     before = files[1].read_bytes()
@@ -497,7 +496,7 @@ Q = "diffusion_model.blocks.0.self_attn.q"
 
 
 def flawed():
-    (a, b), good = pair(), "diffusion_model.blocks.1.self_attn.q"
+    (a, b), good = lora_pair(), "diffusion_model.blocks.1.self_attn.q"
     one = {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}
     two = one | {f"{good}.lora_A.weight": a, f"{good}.lora_B.weight": b}
     flat = "lora_unet_blocks_0_self_attn_q"
@@ -514,6 +513,7 @@ def flawed():
         "integers": ({f"{Q}.lora_A.weight": a.to(torch.int8), f"{Q}.lora_B.weight": b}, {}, "torch.int8"),
         "alphas": (one | {f"{Q}.alpha": torch.ones(3)}, {}, "alpha of .* is not one number"),
         "alpha nan": (one | {f"{Q}.alpha": torch.tensor(float("nan"))}, {}, "alpha of .* is not one number"),
+        "alpha complex": (one | {f"{Q}.alpha": torch.tensor(1j)}, {}, "alpha of .* is not one number"),
         "alpha alone": (two | {"diffusion_model.blocks.1.ffn.0.alpha": torch.ones(())}, {}, "only one of"),
         "no alpha": (kohya, {}, "does not say its alpha"),
         "some alpha": (kohya | {k.replace("_0_", "_1_"): v for k, v in kohya.items()}
@@ -524,34 +524,48 @@ def flawed():
         "place": (one, {"ref_position": "behind"}, "'behind'"),
         "norm": ({"diffusion_model.blocks.0.norm3.lora_A.weight": a,
                   "diffusion_model.blocks.0.norm3.lora_B.weight": b}, {}, "can hold no LoRA"),
+        "sat": ({"model.diffusion_model.mixins.lora.0.query.matrix_A.0": a}, {}, "SAT"),
+        "whole weight": ({f"{Q}.diff": a}, {}, "a change of a whole weight"),
+        "inside a name": ({"diffusion_model.blocks.0.self_attn.diffuse.lora_A.weight": a}, {}, "no layer"),
+        "image model": ({"model.diffusion_model.input_blocks.1.q.lora_A.weight": a}, {}, "no layer"),
+        "text": ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": a}, {}, "text encoder"),
+        "dora behind": ({"diffusion_model.other.lora_A.weight": a, f"{Q}.dora_scale": b}, {}, "is DoRA"),
+        "oft": ({f"{Q}.oft_blocks": a}, {}, "OFT"),
+        "bias of B": ({"base_model.model.blocks.0.attn1.to_q.lora_B.bias": b}, {}, "a change of a bias"),
     }  # fmt: skip
+
+
+FOUND_WITH_THE_MODEL = ("no alpha", "some alpha", "place", "norm")  # the others by the file alone too
 
 
 @pytest.mark.parametrize("flaw", flawed())
 def test_bad_files_give_one_error_with_file_and_reason(flaw, tmp_path):
     tensors, metadata, match = flawed()[flaw]
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
-    save_file(copies, tmp_path / "bad.safetensors", {"format": "pt", **metadata})
-    with pytest.raises(ValueError, match=match) as error:
-        weights.load_adapter(BUILD[WanDiT](), tmp_path / "bad.safetensors")
-    assert "bad.safetensors" in str(error.value)
+    file, said = tmp_path / "bad.safetensors", rf"bad\.safetensors: .*{match}"
+    save_file(copies, file, {"format": "pt", **metadata})
+    with pytest.raises(ValueError, match=said):
+        weights.load_adapter(build(WanDiT), file)
+    if flaw not in FOUND_WITH_THE_MODEL:
+        with pytest.raises(ValueError, match=said):
+            formats.read(file)
 
 
 def test_a_peft_folder_that_could_not_be_replaced_has_no_wrong_strength(tmp_path):
     """A LoRA of alpha 8 is replaced by one of alpha 64 on a full disk: the old one stays as it was."""
-    old, new = (randomised(BUILD[WanDiT](), [(8, alpha, ("attn.q",))]) for alpha in (8.0, 64.0))
+    old, new = (randomised(build(WanDiT), [(8, alpha, ("attn.q",))]) for alpha in (8.0, 64.0))
     weights.save_adapter(old, tmp_path / "peft", "peft")
     with full_disk(2000), pytest.raises(OSError, match="adapter_model.safetensors: could not be written"):
         weights.save_adapter(new, tmp_path / "peft", "peft")
-    assert "alpha 8" in weights.load_adapter(BUILD[WanDiT](), tmp_path / "peft")
+    assert "alpha 8" in weights.load_adapter(build(WanDiT), tmp_path / "peft")
     with pytest.raises(ValueError, match="adapter_config.json beside it; name another file"):
         weights.save_adapter(new, tmp_path / "peft/adapter_model.safetensors", "diffusers")
     weights.save_adapter(new, tmp_path / "peft", "peft")
-    assert "alpha 64" in weights.load_adapter(BUILD[WanDiT](), tmp_path / "peft")
+    assert "alpha 64" in weights.load_adapter(build(WanDiT), tmp_path / "peft")
 
 
 def test_other_misuse_gives_one_error(tmp_path, monkeypatch):
-    dit, a, b = plain(CogVideoXDiT), *pair()
+    dit, a, b = plain(CogVideoXDiT), *lora_pair()
     with pytest.raises(ValueError, match="format 'gguf': known are .*kohya"):
         weights.save_adapter(dit, tmp_path / "a.safetensors", "gguf")
     with pytest.raises(ValueError, match="name a folder"):
@@ -562,7 +576,7 @@ def test_other_misuse_gives_one_error(tmp_path, monkeypatch):
         weights.save_adapter(dit, tmp_path / "a.safetensors", "diffsynth")
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="a folder as peft writes it"):
-        weights.load_adapter(BUILD[WanDiT](), tmp_path)
+        weights.load_adapter(build(WanDiT), tmp_path)
     with pytest.raises(ValueError, match="already has a LoRA"):
         weights.load_adapter(dit, tmp_path / "a.safetensors")
     # A layer that both models have by one name.
@@ -571,4 +585,4 @@ def test_other_misuse_gives_one_error(tmp_path, monkeypatch):
     save_file({key: tensor.clone() for key, tensor in keys.items()}, tmp_path / "a.safetensors", metadata)
     with pytest.raises(SystemExit, match="fit CogVideoX and Wan; say --backbone"):
         command(monkeypatch, "convert", tmp_path / "a.safetensors", tmp_path / "b", "--format", "kohya")
-    assert "1 modules" in weights.load_adapter(BUILD[CogVideoXDiT](), tmp_path / "a.safetensors")
+    assert "1 modules" in weights.load_adapter(build(CogVideoXDiT), tmp_path / "a.safetensors")

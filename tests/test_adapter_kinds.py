@@ -9,20 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from helpers import TINY_DIT, relative_error
+from helpers import TINY_DIT, build, lora_pair, relative_error
 from sdv.lora import add_lora, lora_modules, merge
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.layers import is_finite
 from sdv.models.wan_dit import WanDiT
-from weights import cogvideox, formats, peft_settings, wan
-from weights import tiny as tiny_models
+from weights import cogvideox, formats, peft_settings
 from weights.tensors import rename
-
-
-def build(family=CogVideoXDiT):
-    if family is WanDiT:
-        return WanDiT(wan.dit_config(tiny_models.WAN_CONFIGS["transformer/config.json"]))
-    return CogVideoXDiT(cogvideox.dit_config(TINY_DIT))
 
 
 # ------------------------------------------------------------------------------------------ beside peft
@@ -151,13 +144,8 @@ def test_every_field_that_peft_has_was_judged():
 Q = "transformer_blocks.0.attn1.to_q"
 
 
-def pair(rank=4, width=128, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, width, generator=rng), torch.randn(width, rank, generator=rng)
-
-
 def peft_folder(path, config):
-    a, b = pair()
+    a, b = lora_pair()
     path.mkdir()
     keys = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
     save_file(dict(zip(keys, (a, b), strict=True)), path / "adapter_model.safetensors")
@@ -167,7 +155,7 @@ def peft_folder(path, config):
 
 
 def diffusers_file(path, config):
-    a, b = pair()
+    a, b = lora_pair()
     settings = {
         f"transformer.{field}": value for field, value in ({"r": 4, "lora_alpha": 4} | config).items()
     }
@@ -219,7 +207,7 @@ def test_settings_that_turn_nothing_on_are_taken(make, tmp_path):
     }  # fmt: skip
     dit = build()
     assert "scale 1" in weights.load_adapter(dit, make(tmp_path / "a", config)[0])
-    a, b = pair()
+    a, b = lora_pair()
     assert relative_error(lora_modules(dit)["blocks.0.attn.q"].delta(), b @ a) <= 1e-6
 
 
@@ -229,57 +217,6 @@ def test_settings_of_other_parts_of_a_pipeline_are_not_the_transformers(tmp_path
     tensors, settings = load_file(source), {"transformer.lora_alpha": 8, "text_encoder.use_dora": True}
     save_file(tensors, source, {"lora_adapter_metadata": json.dumps(settings)})
     assert "scale 2" in weights.load_adapter(build(), source)
-
-
-# ---------------------------------------------------------------------------------- names of other tools
-@pytest.mark.parametrize(
-    ("stem", "halves", "format"),
-    [
-        ("model.diffusion_model.blocks.0.self_attn.q", ("lora_down", "lora_up"), "comfyui"),
-        ("model.diffusion_model.blocks.0.self_attn.q", ("lora_A", "lora_B"), "comfyui"),
-        ("diffusion_model._orig_mod.blocks.0.self_attn.q", ("lora_A", "lora_B"), "comfyui"),
-        ("lora_unet__blocks_0_self_attn_q", ("lora_down", "lora_up"), "kohya"),
-        ("lora_transformer_blocks_0_attn1_to_q", ("lora_down", "lora_up"), "kohya"),
-        ("lycoris_blocks_0_attn1_to_q", ("lora_down", "lora_up"), "kohya"),
-        ("module.transformer.blocks.0.attn1.to_q", ("lora_A", "lora_B"), "diffusers"),
-        ("base_model.model._orig_mod.blocks.0.attn1.to_q", ("lora_A", "lora_B"), "peft"),
-        ("diffusion_model.blocks.0.self_attn.q", ("lora.down", "lora.up"), "comfyui"),
-        ("transformer.blocks.0.attn1.to_q", ("lora_down", "lora_up"), "diffusers"),
-        ("blocks.0.self_attn.q", ("lora_down", "lora_up"), "diffusers"),
-    ],
-)
-def test_known_prefixes_of_other_tools_are_read(stem, halves, format, tmp_path):
-    a, b = pair()
-    tensors = {f"{stem}.{half}.weight": tensor for half, tensor in zip(halves, (a, b), strict=True)}
-    has_key = formats.FORMATS[format].alpha == "key"
-    tensors |= {f"{stem}.alpha": torch.tensor(6.0)} if has_key else {}
-    save_file(tensors, tmp_path / "a.safetensors")
-    assert formats.read(tmp_path / "a.safetensors").format == format
-    dit = build(WanDiT)
-    weights.load_adapter(dit, tmp_path / "a.safetensors", None if has_key else 6.0)
-    assert relative_error(lora_modules(dit)["blocks.0.attn.q"].delta(), 1.5 * (b @ a)) <= 1e-6
-
-
-@pytest.mark.parametrize(
-    ("keys", "reason"),
-    [
-        (["model.diffusion_model.mixins.lora.0.query.matrix_A.0"], "SAT"),
-        (["diffusion_model.blocks.0.self_attn.q.diff"], "a change of a whole weight"),
-        (["diffusion_model.blocks.0.self_attn.diffuse.lora_A.weight"], "belongs to no layer"),
-        (["model.diffusion_model.input_blocks.1.q.lora_A.weight"], "belongs to no layer"),
-        (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "text encoder"),
-        (
-            ["diffusion_model.other.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.dora_scale"],
-            "is DoRA",
-        ),
-        (["diffusion_model.blocks.0.self_attn.q.oft_blocks"], "OFT"),
-        (["base_model.model.blocks.0.attn1.to_q.lora_B.bias"], "a change of a bias"),
-    ],
-)
-def test_the_reason_is_the_keys_own(keys, reason, tmp_path):
-    save_file({key: torch.ones(4, 4) for key in keys}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=rf"a\.safetensors: .*{reason}"):
-        formats.read(tmp_path / "a.safetensors")
 
 
 # ------------------------------------------------------------------------------------------- not finite
@@ -340,14 +277,3 @@ def test_a_scale_that_leaves_the_range_is_refused_where_it_is_folded_or_merged(t
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q: with its LoRA, the weight is not finite"):
         merge(dit)
     assert torch.equal(lora_modules(dit)["blocks.0.attn.q"].weight, before)
-
-
-@pytest.mark.parametrize("alpha", [torch.tensor(1j), torch.tensor(math.nan), torch.tensor([1.0, 2.0])])
-def test_an_alpha_that_is_not_one_number_is_refused(alpha, tmp_path):
-    a, b = pair()
-    stem = "diffusion_model.blocks.0.self_attn.q"
-    save_file(
-        {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.alpha": alpha}, tmp_path / "a"
-    )
-    with pytest.raises(ValueError, match="alpha of .* is not one number"):
-        formats.read(tmp_path / "a")

@@ -11,30 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import MEDIA, blocks, chw, difference
+from helpers import MEDIA, blocks, chw, difference, encode, flat
 from sdv.data import media
 from sdv.data.media import read_clip, write_video
-
-
-def encode(path, pictures, pts, unit=Fraction(1, 1000), codec="libx264", tags=None, **options) -> Path:
-    """RGB pictures with presentation stamps -> video file; B-frames as the encoder likes."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"crf": "8", **options})
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", unit
-        for name, value in (tags or {}).items():
-            setattr(stream.codec_context, name, value)
-        for picture, stamp in zip(pictures, pts, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = int(stamp), unit
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def flat(levels, height: int = 32, width: int = 32) -> list[np.ndarray]:
-    return [np.full((height, width, 3), level, np.uint8) for level in levels]
-
 
 RNG = np.random.default_rng(3)
 GAPS = RNG.choice([7, 20, 33, 41, 90, 180], 49)  # milliseconds: as irregular as a phone in the dark

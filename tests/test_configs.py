@@ -6,9 +6,11 @@ import math
 import resource
 import shutil
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
 import weights
 from sdv.models.cogvideox_dit import CogVideoXDiT
@@ -18,7 +20,7 @@ from sdv.models.wan_dit import WanDiT
 from sdv.models.wan_vae import WanVAE
 from weights import cogvideox, wan
 from weights import tiny as tiny_models
-from weights.fields import Fixed, Flag, Row
+from weights.fields import Fields, Fixed, Flag, Row
 
 PIECES = {  # a table, the class of a library that has its fields, what reads it, of which tiny model
     "cogvideox dit": (cogvideox.DIT_FIELDS, "CogVideoXTransformer3DModel", cogvideox.dit_config, "cogvideox"),
@@ -49,6 +51,13 @@ def good(piece: str) -> dict:
     return tiny_models.FAMILIES[family]["scheduler/scheduler_config.json"] | {"_class_name": name}
 
 
+def table_of(piece: str) -> tuple[Fields, Callable[[dict], object], dict]:
+    """A table, what reads it, and a config that it reads; of Wan's original layout too."""
+    if piece == "original":
+        return wan.ORIGINAL_DIT_FIELDS, wan.original_dit_config, ORIGINAL
+    return PIECES[piece][0], PIECES[piece][2], good(piece)
+
+
 @pytest.mark.parametrize("piece", PIECES)
 def test_every_default_is_the_librarys(piece):
     fields, name, _, _ = PIECES[piece]
@@ -75,8 +84,7 @@ WRONG += ([1, 2], [None], ["1", 2, 2], [1, 2, 10**9], "x" * 10**6)
 
 @pytest.mark.parametrize("piece", [*PIECES, "original"])
 def test_a_value_that_cannot_be_is_one_error_with_its_field(piece):
-    fields, _, convert, _ = PIECES.get(piece, (wan.ORIGINAL_DIT_FIELDS, "", wan.original_dit_config, ""))
-    config = good(piece) if piece in PIECES else ORIGINAL
+    fields, convert, config = table_of(piece)
     convert(config)
     refused = 0
     for field in fields:
@@ -127,16 +135,55 @@ def could_be(row: Row, value: object) -> bool:
         ("wan vae", {"dim_mult": [1, 3, 4, 4]}, "dim_mult = "),
         ("wan vae", {"latents_std": [1.0] * 7 + [0.0]}, "latents_std"),
         ("wan vae", {"latents_mean": [0.0] * 7}, "latents_mean has 7"),
+        ("wan vae", {"latents_std": [1.0]}, "latents_std has 1"),
+        ("original", {"dim": 130, "num_heads": 4}, "dim = 130.*num_heads = 4"),
     ],
 )  # fmt: skip
 def test_numbers_that_do_not_go_together_name_their_fields(piece, change, field):
+    _, convert, config = table_of(piece)
     with pytest.raises(ValueError, match=field):
-        PIECES[piece][2](good(piece) | change)
+        convert(config | change)
 
 
-def test_wans_original_config_needs_whole_heads():
-    with pytest.raises(ValueError, match="dim = 130.*num_heads = 4"):
-        wan.original_dit_config(ORIGINAL | {"dim": 130, "num_heads": 4})
+# What other models and samplers have: by these fields they are told, and no field may leave its table.
+OTHERS = {
+    "cogvideox dit": {
+        "use_rotary_positional_embeddings": (False, "2B"), "patch_size_t": (2, "1.5"),
+        "in_channels": (16, "image-to-video"), "activation_fn": ("gelu", "supported"),
+        "use_learned_positional_embeddings": (True, "image-to-video"),
+    },
+    "cogvideox text": {"model_type": ("umt5", "'t5'"), "feed_forward_proj": ("relu", "without a gate")},
+    "ddim": {
+        "_class_name": ("UniPCMultistepScheduler", "DPM"), "beta_schedule": ("linear", "scaled_linear"),
+        "prediction_type": ("epsilon", "velocity"), "timestep_spacing": ("leading", "pure noise"),
+        "trained_betas": ([0.1, 0.2], "of its own"), "set_alpha_to_one": (False, "last noise"),
+    },
+    "wan dit": {
+        "_class_name": ("WanVACETransformer3DModel", "TI2V"), "image_dim": (1280, "image encoder"),
+        "out_channels": (16, "image-to-video"), "patch_size": ([2, 2, 2], "one frame"),
+        "qk_norm": (None, "rms_norm_across_heads"),
+    },
+    "wan vae": {
+        "is_residual": (False, "True"), "patch_size": (None, "2"), "attn_scales": ([1.0], r"\[\]"),
+    },
+    "wan text": {"model_type": ("t5", "'umt5'")},
+    "unipc": {
+        "_class_name": ("CogVideoXDDIMScheduler", "UniPC"), "prediction_type": ("epsilon", "flow_prediction"),
+        "use_flow_sigmas": (False, "True"), "solver_order": (3, "2"), "solver_type": ("bh1", "bh2"),
+        "final_sigmas_type": ("sigma_min", "zero"), "use_karras_sigmas": (True, "False"),
+        "disable_corrector": ([0], r"\[\]"),
+    },
+    "euler": {"stochastic_sampling": (True, "False")},
+    "original": {"model_type": ("i2v", "TI2V")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", OTHERS)
+def test_other_models_are_refused_by_the_field_that_tells_them_with_the_reason(piece):
+    _, convert, config = table_of(piece)
+    for field, (value, reason) in OTHERS[piece].items():
+        with pytest.raises(ValueError, match=rf"{field} = .*{reason}"):
+            convert(config | {field: value})
 
 
 @pytest.mark.parametrize("piece", PIECES)
@@ -178,12 +225,9 @@ def largest(piece: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------- whole folders
-@pytest.fixture(scope="module")
-def folders(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("wan")
-    sentences = tiny_models.CORPUS.strip().splitlines()
-    tiny_models.create(path, tiny_models.WAN_CONFIGS, tiny_models.train_vocabulary(sentences, 256, umt5=True))
-    return {"cogvideox": tiny, "wan": path}
+@pytest.fixture
+def folders(tiny, tiny_wan):
+    return {"cogvideox": tiny, "wan": tiny_wan}
 
 
 @pytest.fixture(params=["cogvideox", "wan"])
@@ -233,7 +277,6 @@ def edited(folder, name, **fields):
     [
         ("text_encoder/config.json", {"d_model": 32}, "64 features for a word, the text encoder 32"),
         ("transformer/config.json", {"in_channels": 4, "out_channels": 4}, "has 4 channels, the VAE 8"),
-        ("text_encoder/config.json", {"vocab_size": 3}, r"text_encoder/config.json: .*3 rows \(vocab_size\)"),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_refused_before_their_weights(folder, name, fields, match):
@@ -241,6 +284,23 @@ def test_parts_that_do_not_fit_each_other_are_refused_before_their_weights(folde
     with pytest.raises(ValueError, match=match) as error:
         weights.open_backbone(folder)
     assert "ck" in str(error.value)
+
+
+def test_a_text_encoder_has_a_row_for_cls_behind_all_pieces_and_extra_ids(folder):
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer/spiece.model"))
+    cls = len(pieces) + json.loads((folder / "tokenizer/tokenizer_config.json").read_text())["extra_ids"]
+    edited(folder, "text_encoder/config.json", vocab_size=cls + 1)
+    weights.open_backbone(folder)
+    edited(folder, "text_encoder/config.json", vocab_size=cls)
+    with pytest.raises(ValueError, match=rf"ck/text_encoder/config.json: .*{cls} rows \(vocab_size\)"):
+        weights.open_backbone(folder)
+
+
+def test_a_wan_with_one_time_for_all_tokens_is_refused(folders, tmp_path):
+    shutil.copytree(folders["wan"], tmp_path / "ck")
+    edited(tmp_path / "ck", "model_index.json", expand_timesteps=False)
+    with pytest.raises(ValueError, match="model_index.json: expand_timesteps.*one time for all tokens"):
+        weights.open_backbone(tmp_path / "ck")
 
 
 def test_frames_that_the_vae_cannot_take_are_refused(folders, tmp_path):

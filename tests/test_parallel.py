@@ -106,16 +106,12 @@ def test_sigterm_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path)
     assert losses(out) == losses(alone)
 
 
-@pytest.mark.parametrize("damage", ["training.pt", "adapter.safetensors", "missing"])
-def test_a_torn_save_falls_back_to_the_one_before(tiny, alone, tmp_path, damage):
+def test_a_torn_save_falls_back_to_the_one_before(tiny, alone, tmp_path):
     out = tmp_path / "run"
     same = {"identity_batch": 4, "motion_batch": 2, "save_every": 2}
     train(tiny, out, steps=4, **same)
-    newest = out / "step-000004"
-    if damage == "missing":
-        (newest / "training.pt").unlink()
-    else:
-        os.truncate(newest / damage, (newest / damage).stat().st_size // 2)
+    torn = out / "step-000004" / "training.pt"
+    os.truncate(torn, torn.stat().st_size // 2)
     said = train(tiny, out, flags=["--resume"], **same)
     assert "step-000004: damaged" in said and "resumed from" in said.split("going back")[1]
     assert_same(out, alone, STEPS)

@@ -27,7 +27,6 @@ from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.run import plan
 from sdv.run.base_storage import hold
 from sdv.run.cost import Settings, build, count, rehearse
-from weights import tiny as tiny_model
 
 # What torch's counter does not know: a sum in place, and fused attention on a CPU.
 ADDED = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * math.prod(a) * b[1]}
@@ -44,14 +43,6 @@ SMALL = train.Config(
 )
 GENERATOR = 5056  # bytes of a CPU generator's state, which torch keeps for every recomputed block
 BACKBONES = pytest.mark.parametrize("backbone", ["tiny", "tiny_wan"])
-
-
-@pytest.fixture(scope="module")
-def tiny_wan(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny-wan")
-    sentences = tiny_model.CORPUS.strip().splitlines()
-    tiny_model.create(path, tiny_model.WAN_CONFIGS, tiny_model.train_vocabulary(sentences, 256, umt5=True))
-    return path
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 import train
-from helpers import probe_of, relative_error, toy
+from helpers import MEDIA, assert_same, probe_of, relative_error, toy
 from sdv import diagnostics
 from sdv.diagnostics import gradients, probe
 from sdv.lora import lora_parameters
@@ -19,8 +18,6 @@ from sdv.run import report as diagnostics_report
 from sdv.run.parallel import average
 from sdv.run.settings import run as run_command
 from sdv.surgery import Surgery
-
-MEDIA = Path(__file__).parent / "media"
 
 RUN = {
     "--pairs": MEDIA / "pairs", "--clips": MEDIA / "clips", "--height": 32, "--width": 48, "--frames": 5,
@@ -57,18 +54,8 @@ def lines(path: Path, *machine: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in machine} for row in rows]
 
 
-def tensors(save: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(save / "training.pt", weights_only=True)
-    found = load_file(save / "adapter.safetensors")
-    found |= {f"{i}.{k}": v for i, entry in state["optimizer"]["state"].items() for k, v in entry.items()}
-    for task, past in state["past"].items():
-        found |= {f"{task}.{i}.{j}": g for i, grads in enumerate(past) for j, g in enumerate(grads)}
-    return found
-
-
 def assert_same_run(one: Path, two: Path, step: int) -> None:
-    a, b = (tensors(run / f"step-{step:06d}") for run in (one, two))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert_same(one, two, step)
     machine = "seconds", "memory_gb"
     assert lines(one / "metrics.jsonl", *machine) == lines(two / "metrics.jsonl", *machine)
 

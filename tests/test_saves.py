@@ -64,12 +64,16 @@ def test_a_save_that_goes_back_behind_a_damaged_one_is_not_deleted_for_it(tmp_pa
 
 @pytest.mark.parametrize("name", ["training.pt", "adapter.safetensors"])
 @pytest.mark.parametrize(
-    "damage", [b"", b"\x80\x04.", b"PK\x03\x04", b"\0" * 300, b"{}", b"\x80\x02}q\x00.", None]
+    "damage",
+    [b"", b"\x80\x04.", b"PK\x03\x04", b"\0" * 300, b"{}", b"\x80\x02}q\x00.", "cut short", "missing"],
 )
 def test_any_damage_goes_back_to_the_save_before(tmp_path, name, damage):
     save(tmp_path, 1), save(tmp_path, 2)
     file = tmp_path / "step-000002" / name
-    file.write_bytes(file.read_bytes()[:-30] if damage is None else damage)
+    whole = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(whole[:-30] if damage == "cut short" else damage)
     assert saves.newest_whole(tmp_path, QUIET.append)[0].name == "step-000001"
 
 

@@ -3,12 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +16,9 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 import weights
-from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, losses, run
+from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, fixed_losses, losses, run
 from sdv import seeds
-from sdv.data.rows import Clips, Pairs
-from sdv.objectives import denoising_loss, draws_of
+from sdv.objectives import draws_of
 from sdv.run import held_out, parallel
 from sdv.run import saves as runs
 
@@ -56,29 +52,6 @@ def test_both_losses_fall_and_the_adapter_makes_a_video(monkeypatch, tiny, tmp_p
     assert len({v.read_bytes() for v in videos}) == 4
 
 
-@torch.no_grad()
-def fixed_losses(tiny: Path, adapter: Path | None) -> dict[str, float]:
-    """Each task's loss over the vendored media, on noise and times that do not change."""
-    backbone = weights.load_backbone(tiny, log=lambda line: None)
-    if adapter:
-        weights.load_adapter(backbone.dit, adapter)
-    enc = train.Encoders(backbone.vae.encode, backbone.text, 24)
-    data = {"identity": Pairs(MEDIA / "pairs", 64, 96), "motion": Clips(MEDIA / "clips", 9, 8, 64, 96)}
-    totals = {}
-    for task, rows in data.items():
-        values = []
-        for i, item in enumerate(rows):
-            batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in item.items()}
-            for draw in range(8):
-                draws = draws_of((7, i, draw), [(8, i, draw)])
-                pair = train.PAIR_OF[task](batch, enc, train.Config(), draws)
-                values.append(denoising_loss(backbone.dit, backbone.schedule, pair, draws).value.item())
-            if i + 1 == len(rows):
-                break
-        totals[task] = sum(values) / len(values)
-    return totals
-
-
 @pytest.mark.parametrize("extra", [{}, {"--coin": "micro", "--dropout": "tokens", "--lora-dropout": 0.2}])
 def test_a_resumed_run_equals_the_one_never_stopped(monkeypatch, tiny, tmp_path, extra):
     options = {"--backbone": tiny, **RUN, "--accumulate": 2, "--window": "random", "--save-every": 3, **extra}
@@ -92,37 +65,6 @@ def test_a_resumed_run_equals_the_one_never_stopped(monkeypatch, tiny, tmp_path,
     run(monkeypatch, train, options | {"--out": parts, "--steps": 6, "--resume": ""})
     assert_same(whole, parts, 6)
     assert losses(whole) == losses(parts)
-
-
-def test_a_killed_process_resumes_bit_for_bit(tiny, tmp_path):
-    options = {"--backbone": tiny, **RUN, "--save-every": 2, "--workers": 1}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def command(out, steps, *more):
-        return [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *argv(options | {"--out": out, "--steps": steps}),
-            *more,
-        ]
-
-    quiet = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-        "env": os.environ | {"OMP_NUM_THREADS": "1"},
-    }
-    process = subprocess.Popen(command(killed, 400), **quiet)
-    while len(losses(killed) if (killed / "metrics.jsonl").exists() else []) < 5:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    last = runs.saves(killed)[-1]
-    steps = int(last.name.removeprefix("step-")) + 3
-    subprocess.run(command(killed, steps, "--resume"), check=True, **quiet)
-    subprocess.run(command(whole, steps), check=True, **quiet)
-    assert_same(whole, killed, steps)
-    assert losses(whole) == losses(killed)
 
 
 def test_tensorboard_reads_what_the_journal_says(monkeypatch, tiny, tmp_path):
@@ -325,12 +267,6 @@ def test_a_resumed_run_with_fewer_steps_writes_nothing(monkeypatch, tiny, tmp_pa
         with pytest.raises(ValueError, match=f"--steps {steps}: .*step-000002 is as far"):
             run(monkeypatch, train, options | {"--steps": steps, "--resume": ""})
     assert [save.name for save in runs.saves(tmp_path)] == ["step-000002"]
-
-
-def test_a_fresh_run_keeps_no_numbers_of_an_old_one(monkeypatch, tiny, tmp_path):
-    (tmp_path / "validation.jsonl").write_text('{"step": 0, "task": "motion", "loss": 9}\n')
-    run(monkeypatch, train, {"--backbone": tiny, "--out": tmp_path, "--steps": 1, **RUN})
-    assert not (tmp_path / "validation.jsonl").exists()
 
 
 def test_the_finished_model_is_validated_and_the_vae_is_loaded_once(monkeypatch, tiny, tmp_path):

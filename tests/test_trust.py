@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import weights
-from helpers import MEDIA, difference, full_disk, status, tree
+from helpers import MEDIA, difference, encode, flat, full_disk, status, tree
 from sdv.data import media, pixels
 from sdv.data.__main__ import main
 from sdv.data.rows import CLIP, Clips, scan_rows
@@ -26,16 +26,7 @@ SIZE = ("--height", 32, "--width", 48, "--frames", 5, "--fps", 8)
 
 def film(path: Path, levels, codec: str = "libx264", **options) -> Path:
     """A clip at 25 frames a second whose grey level says which frame one sees."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for t, level in enumerate(levels):
-            picture = np.full((48, 64, 3), level, np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = t, Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
+    return encode(path, flat(levels, 48, 64), range(len(levels)), Fraction(1, 25), codec, **options)
 
 
 def packets(path: Path) -> list[tuple[int, bytes]]:

@@ -10,38 +10,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import helpers
 import sample
 import train
 import weights
-from helpers import MEDIA, assert_same, losses, relative_error, run
-from sdv.data.rows import Clips, Pairs
+from helpers import MEDIA, assert_same, fixed_losses, losses, relative_error, run
 from sdv.lora import add_lora, lora_modules
 from sdv.models.positions import place_reference
-from sdv.objectives import denoising_loss, draws_of
 from sdv.seeds import generator
-from weights import tiny as tiny_models
 from weights import wan
 from weights.tensors import rename, reverse, save_module
 
-SIZE = {"--height": 64, "--width": 96, "--frames": 9, "--fps": 8}
-RUN = {
-    "--pairs": MEDIA / "pairs", "--clips": MEDIA / "clips", **SIZE, "--rank": 8, "--alpha": 8,
-    "--accumulate": 1, "--identity-batch": 2, "--motion-batch": 1, "--p-video": 0.5, "--lr": 0.01,
-    "--warmup": 1, "--workers": 0,
-}  # fmt: skip
+SIZE, RUN = ({**options, "--fps": 8} for options in (helpers.SIZE, helpers.RUN))
 
 
 def quiet(line: str) -> None:
     pass
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a tiny random Wan, with every part of the 5B model."""
-    path = tmp_path_factory.mktemp("wan")
-    vocabulary = tiny_models.train_vocabulary(tiny_models.CORPUS.strip().splitlines(), 256, umt5=True)
-    tiny_models.create(path, tiny_models.WAN_CONFIGS, vocabulary)
-    return path
+@pytest.fixture
+def tiny(tiny_wan):
+    """What the scripts get here."""
+    return tiny_wan
 
 
 def test_a_small_model_may_read_fewer_tokens(tiny, tmp_path):
@@ -56,27 +46,6 @@ def test_a_small_model_may_read_fewer_tokens(tiny, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- the two scripts
-@torch.no_grad()
-def fixed_losses(folder, adapter) -> dict[str, float]:
-    """Each task's loss over the vendored media, on noise and times that do not change."""
-    backbone = weights.load_backbone(folder, log=quiet)
-    if adapter:
-        weights.load_adapter(backbone.dit, adapter)
-    enc = train.Encoders(backbone.vae.encode, backbone.text, 6)
-    cfg, totals = train.Config(p_drop=0.0), {}
-    data = {"identity": Pairs(MEDIA / "pairs", 64, 96), "motion": Clips(MEDIA / "clips", 9, 8, 64, 96)}
-    for task, rows in data.items():
-        values = []
-        for i in range(len(rows)):
-            batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in rows[i].items()}
-            pair = train.PAIR_OF[task](batch, enc, cfg, draws_of((7, i), [(7, i, 0)]))
-            for draw in range(4):
-                loss = denoising_loss(backbone.dit, backbone.schedule, pair, draws_of((8,), [(8, i, draw)]))
-                values.append(loss.value.item())
-        totals[task] = sum(values) / len(values)
-    return totals
-
-
 def test_the_same_commands_train_both_tasks_and_make_a_video(monkeypatch, tiny, tmp_path):
     out, adapter = tmp_path / "run", tmp_path / "run" / "step-000030" / "adapter.safetensors"
     run(monkeypatch, train, {"--backbone": tiny, "--out": out, "--steps": 30, **RUN})
@@ -259,32 +228,6 @@ def test_a_pickle_is_only_ever_read_as_tensors(original, capsys, damage, error, 
 
 
 # ------------------------------------------------------------------------------------- what is refused
-def edited(folder, file, **fields):
-    content = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(content | fields))
-
-
-@pytest.mark.parametrize(
-    ("file", "fields", "match"),
-    [
-        ("model_index.json", {"expand_timesteps": False}, "expand_timesteps.*one time for all tokens"),
-        ("transformer/config.json", {"image_dim": 1280}, "image_dim"),
-        ("transformer/config.json", {"_class_name": "WanVACETransformer3DModel"}, "WanVACE"),
-        ("transformer/config.json", {"in_channels": 16, "out_channels": 16}, None),
-        ("vae/config.json", {"is_residual": False}, "is_residual"),
-        ("text_encoder/config.json", {"model_type": "t5"}, "model_type"),
-        ("text_encoder/config.json", {"vocab_size": 500}, None),
-        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "prediction_type"),
-        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
-    ],
-)
-def test_other_models_are_refused_by_file_and_field(tiny, tmp_path, file, fields, match):
-    shutil.copytree(tiny, tmp_path / "other")
-    edited(tmp_path / "other", file, **fields)
-    with pytest.raises(ValueError, match=match and f"{file}: .*{match}"):
-        weights.load_backbone(tmp_path / "other", parts=("text",), log=quiet)
-
-
 def test_scaled_fp8_and_single_files_are_refused_with_the_reason(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "fp8")
     file = tmp_path / "fp8" / "transformer" / wan.DIT_FILE

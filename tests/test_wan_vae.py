@@ -136,7 +136,7 @@ def test_the_original_layout_is_the_same_model(stock, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_the_published_model_is_the_default_and_others_are_refused():
+def test_the_published_model_is_the_default_and_other_sizes_of_a_clip_are_refused():
     with torch.device("meta"):
         vae = WanVAE(WanVAEConfig())
     parameters = list(vae.parameters())
@@ -144,14 +144,6 @@ def test_the_published_model_is_the_default_and_others_are_refused():
     real = TINY | {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48}
     real |= {"latents_mean": list(WanVAEConfig().mean), "latents_std": list(WanVAEConfig().std)}
     assert wan.vae_config(real) == WanVAEConfig()
-    for change in (
-        {"is_residual": False},
-        {"patch_size": None},
-        {"attn_scales": [1.0]},
-        {"latents_std": [1.0]},
-    ):
-        with pytest.raises(ValueError, match=next(iter(change))):
-            wan.vae_config(real | change)
     with pytest.raises(ValueError, match="8 frames"):
         vae.encode(torch.empty(1, 3, 8, 32, 32, device="meta"))
     with pytest.raises(ValueError, match="multiples of 16"):
