@@ -56,7 +56,7 @@ class Method:
     ref_shift: Share = 0.0  # moves that reference by up to this share of its sides (paper: not at all)
     dropout: Literal["whole", "tokens"] = "whole"  # what motion steps drop (authors: whole; text: tokens)
     p_drop: Share = 0.5  # probability of that image-token dropout (paper: 0.5)
-    view_drop: Share = 0.0  # that identity steps drop the whole reference (paper: 0; supplement: 0.5)
+    view_drop: Share = 0.0  # probability that identity steps drop the reference (paper: 0; supplement: 0.5)
     text_drop: Share = 0.0  # probability of an empty prompt instead, in both tasks (paper: 0)
     cls_token: str = "<cls> "  # before the prompt of identity steps (authors: so; paper: before the noun)
     ref_position: str = ""  # where the reference sits beside the video; the model's own if not given
