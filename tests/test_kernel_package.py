@@ -60,7 +60,7 @@ def test_tiles_can_be_tuned():
     python("-m", "kernels.tune", "--dry")
 
 
-def test_the_bench_tells_all_of_everybody(monkeypatch, capsys):
+def test_the_bench_tells_all_of_everybody(monkeypatch, capsys, tmp_path):
     """Dry. Torch plays FlashAttention: 3 without a backward, 4 with more than one output."""
     from kernels import bench
 
@@ -76,7 +76,7 @@ def test_the_bench_tells_all_of_everybody(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(flash_attn_func=three))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=four))
     torch.manual_seed(0)
-    bench.bench(0, None)
+    bench.bench(0, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
     assert all(float(row[-1]) < 1e-2 for row in rows)  # bf16, beside float64

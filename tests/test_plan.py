@@ -28,6 +28,7 @@ from sdv.run import plan
 from sdv.run.base_storage import hold
 from sdv.run.cost import Settings, build, count, rehearse
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 # What torch's counter does not know: a sum in place, and fused attention on a CPU.
 ADDED = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * math.prod(a) * b[1]}
 FUSED = ADDED | {
@@ -98,14 +99,21 @@ def kept_bytes(step: Step) -> int:
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that torch's allocator gave out for what work returns, and most at once meanwhile."""
+    """Bytes that torch's allocator gave out for what work returns, and most at once meanwhile.
+
+    What a matrix product of the CPU takes for itself, and gives back before it is done, is left out.
+    """
     with profile(profile_memory=True) as profiler:
         _alive = work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    products = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in PRODUCTS]
+    memory = [e for e in events if e.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event, then in zip(memory, [*memory[1:], None], strict=True):
         now += event.nbytes()
-        peak = max(peak, now)
+        given_back = then is not None and then.nbytes() == -event.nbytes()
+        if not given_back or all(event.start_ns() < a or b < then.start_ns() for a, b in products):
+            peak = max(peak, now)
     return now, peak
 
 
@@ -129,11 +137,10 @@ def test_bytes_are_what_torch_saves_and_allocates(layout, dtype, storage):
         cfg = dataclasses.replace(SMALL, recompute_every=every, dtype=dtype, base_storage=storage)
         found, step = rehearse(cfg, layout, "motion", 2), Step(cfg, layout)
         step.forward()[0].backward()  # what is made once: tables, caches
-        states = GENERATOR * math.ceil(2 / every) if every else 0
-        scratch = 0 if dtype == "float32" else 0.03 * found.peak  # inside the CPU's attention in bf16
+        states = GENERATOR * (math.ceil(2 / every) + 1) if every else 0  # one more while a block runs again
         assert found.kept == kept_bytes(step), every
         if every < 2:
-            assert 0 <= allocator_peak(step) - found.peak <= states + scratch, every
+            assert 0 <= allocator_peak(step) - found.peak <= states, every
 
 
 @BACKBONES

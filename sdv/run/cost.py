@@ -3,7 +3,8 @@
 Every operation of the step is seen: the bytes it makes, until they are let go, and its multiplications and
 additions. For a GPU the Triton kernels are counted, on any machine. Nothing is fitted, and no formula repeats
 the model. Of real steps torch's CPU allocator and its FLOP counter say the same (tests/test_plan.py), to the
-byte and to the FLOP, but for 5 kB of generator state that torch keeps for every recomputed block.
+byte and to the FLOP, but for 5 kB of generator state that torch keeps for every recomputed block and while
+one runs again, and for what a CPU's products take for themselves.
 """
 
 import weakref
