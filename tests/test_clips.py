@@ -208,9 +208,10 @@ def test_colours_follow_the_tag_or_the_players_convention(tmp_path, tag, size, m
     assert torch.allclose(got, torch.tensor([red, green, blue]), atol=1.2 / 255)
 
 
-def test_hdr_is_refused(tmp_path):
-    path = encode(tmp_path / "a.mp4", flat([50, 60]), [0, 40], tags={"color_trc": 16})
-    with pytest.raises(ValueError, match=r"a\.mp4: is HDR \(PQ\); tone-map"):
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused(tmp_path, transfer, name):
+    path = encode(tmp_path / "a.mp4", flat([50, 60]), [0, 40], tags={"color_trc": transfer})
+    with pytest.raises(ValueError, match=rf"a\.mp4: is HDR \({name}\); tone-map"):
         media.read_clip(path, 1, 8, 16, 16)
 
 

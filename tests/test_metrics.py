@@ -171,9 +171,8 @@ def test_measures_that_need_no_truth():
     texture = texture / texture.abs().max()
     slide = torch.stack([texture[:, 0, :, k : k + 96] for k in range(0, 34, 2)], 1)
     rest = slide[:, :1].expand_as(slide)
-    assert clip_metrics.speed(slide, fps=8) == pytest.approx(
-        2 * 8 / 64, rel=0.15
-    )  # what enters matches by chance
+    for fps in (8, 3):  # half a second is no whole number of frames at 3; what enters matches by chance
+        assert clip_metrics.speed(slide, fps=fps) == pytest.approx(2 * fps / 64, rel=0.15)
     assert clip_metrics.speed(noise(rest, 0.1)) == 0 and clip_metrics.smoothness(rest) == 1
     assert clip_metrics.smoothness(slide) > 0.98 > clip_metrics.smoothness(slide[:, torch.randperm(17)])
     bulbs = 0.1 * (-1) ** torch.arange(17).view(1, -1, 1, 1)

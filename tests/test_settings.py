@@ -196,11 +196,13 @@ def test_a_large_file_is_known_by_each_of_its_tensors(tmp_path):
     assert file.stat().st_size > 256 * 4096 and len(names) == 21
 
 
-def test_settings_that_would_do_nothing_are_refused(monkeypatch, tiny, tmp_path):
+def test_settings_that_would_do_nothing_are_refused(monkeypatch, tiny, tiny_wan, tmp_path):
     base = {"--backbone": tiny, **SIZE, "--prompt": "a dog", "--steps": 1, "--out": tmp_path}
     for words in ({"--negative": "ugly"}, {"--dynamic-guidance": ""}):
         with pytest.raises(ValueError, match="--guidance 1 switches guidance off"):
             run(monkeypatch, sample, base | words | {"--guidance": 1})
+    with pytest.raises(ValueError, match="--dynamic-guidance is of CogVideoX"):
+        run(monkeypatch, sample, base | {"--backbone": tiny_wan, "--dynamic-guidance": ""})
 
 
 def test_a_list_of_films_that_a_full_disk_has_cut_goes_on_whole(tmp_path):

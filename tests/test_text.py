@@ -246,3 +246,4 @@ def test_prompts_become_features_without_gradient(reference, tiny_vocabulary):
     with torch.no_grad():
         want = model(text.tokenize(prompts)).last_hidden_state  # padding is attended to: no mask
     assert relative_error(features, want) <= 1e-5
+    assert [text.length(prompt) for prompt in prompts] == (text.tokenize(prompts) != 0).sum(1).tolist()
