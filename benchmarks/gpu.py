@@ -9,7 +9,6 @@ its own, so that one that hangs or crashes takes nothing with it; what each said
 network, no weights, no video library.
 """
 
-import argparse
 import datetime
 import importlib.util
 import json
@@ -26,6 +25,7 @@ import torch
 
 from benchmarks.book import folder_of, stamp
 from benchmarks.models import FULL
+from sdv.run.settings import Parser
 
 ROOT = Path(__file__).parent.parent
 LOGS = Path("out/gpu")
@@ -132,8 +132,7 @@ def last(job: Job) -> str:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/<GPU>]")
     parser.add_argument("--dry", action="store_true", help="small, on the CPU")

@@ -87,7 +87,7 @@ def begin(cfg: Config) -> None:
     """Write configs and a vocabulary of the captions, and forget all weights. Not where a run has begun."""
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
-    said = [scene("clips", i).prompt for i in range(5000)]
+    said = captions_of("clips", 5000, cfg)
     vocabulary = tiny.train_vocabulary(said, 256, umt5=cfg.family == "wan")
     tiny.write_configs(home(cfg), FAMILIES[cfg.family], vocabulary)
     for part in open_backbone(home(cfg)).parts.values():
@@ -139,9 +139,10 @@ def draw_some(job: tuple[Path, str, range]) -> list[str]:
     return [one.prompt for one in scenes]
 
 
-def captions_of(kind: str, count: int, cfg: Config) -> Path:
-    """Where those of as many clips or pictures are."""
-    return Path(cfg.out) / f"{kind}-{count}.json"
+def captions_of(kind: str, count: int, cfg: Config) -> list[str]:
+    """Of the first `count` clips or pictures: from the file beside the frames, or made again without it."""
+    file = Path(cfg.out) / f"{kind}-{count}.json"
+    return json.loads(file.read_text()) if file.is_file() else [scene(kind, i).prompt for i in range(count)]
 
 
 def world_frames(cfg: Config) -> dict[str, np.ndarray]:
@@ -149,13 +150,13 @@ def world_frames(cfg: Config) -> dict[str, np.ndarray]:
     files = {}
     for kind, count, frames in (("clips", cfg.clips, FRAMES), ("pictures", cfg.pictures, 1)):
         file = files[kind] = Path(cfg.out) / f"{kind}-{count}.npy"
-        if not (file.is_file() and captions_of(kind, count, cfg).is_file()):
+        if not file.is_file():
             unfinished = file.with_suffix(".tmp")
             np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, frames, SIZE, SIZE, 3))
             jobs = [(unfinished, kind, range(count)[i : i + 50]) for i in range(0, count, 50)]
             with multiprocessing.get_context("spawn").Pool(cfg.threads) as pool:
                 said = list(tqdm(pool.imap(draw_some, jobs), kind, len(jobs)))
-            captions_of(kind, count, cfg).write_text(json.dumps(list(chain(*said))))
+            file.with_suffix(".json").write_text(json.dumps(list(chain(*said))))
             os.replace(unfinished, file)
     return {kind: np.load(file, mmap_mode="r") for kind, file in files.items()}
 
@@ -338,7 +339,7 @@ def train_dit(cfg: Config) -> None:
     vae = load_backbone(home(cfg), cfg.device, torch.bfloat16, ("vae",)).vae
     backbone = Backbone(layout, dit, vae, text)
     latents = {kind: torch.load(out / f"{kind}.latents.pt").to(cfg.device) for kind in ("clips", "pictures")}
-    said = {kind: json.loads(captions_of(kind, len(x), cfg).read_text()) for kind, x in latents.items()}
+    said = {kind: captions_of(kind, len(x), cfg) for kind, x in latents.items()}
     ids = {kind: text.tokenize(prompts).to(cfg.device) for kind, prompts in said.items()}
     blank, schedule = text.tokenize("").to(cfg.device), replace(layout.schedule, train_shift=cfg.t_shift)
 

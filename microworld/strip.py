@@ -7,6 +7,7 @@ reference; a real render of what was asked for. Two minutes on two quiet CPU cor
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def write_gif(path: Path, clip: Tensor, fps: float) -> None:
     first, *others = (
         Image.fromarray(frame.numpy()).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
     )
-    first.save(path, "gif", save_all=True, append_images=others, duration=1000 / fps, loop=0, optimize=True)
+    ends = [10 * round(100 * n / fps) for n in range(len(frames) + 1)]  # ms; a GIF counts hundredths
+    times = [end - start for start, end in pairwise(ends)]
+    first.save(path, "gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sdv.models.layers import is_finite
 
@@ -65,11 +66,12 @@ class LinearSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float):
         low = (x @ a.T).mul_(scale)  # (n, rank)
-        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, low)
         ctx.scale = scale
         return F.linear(x, weight, bias).addmm_(low, b.T)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         dlow = (grad @ b).mul_(ctx.scale)  # (n, rank)

@@ -43,7 +43,7 @@ def denoising_loss(dit: nn.Module, schedule: Schedule, pair: Pair, draws: Draws)
     The reference gets no noise and no loss.
     """
     x = pair.target.float()
-    t = torch.cat([schedule.draw(1, rng) for rng in draws.each])  # (B,), on the CPU: a GPU is not waited for
+    t = torch.cat([schedule.draw(1, rng) for rng in draws.each])  # (B,), on the CPU, as schedules want it
     noise = normal(x.shape, draws.each).to(x.device)  # (B, C, T, H, W)
     noisy, target = schedule.add_noise(x, noise, t).to(dit.dtype), schedule.target(x, noise, t)
     t = t.to(x.device)

@@ -32,6 +32,7 @@ def model_card(cfg: object, stock: bool, rows: dict[str, int], step: int, comman
     if not cfg.adapter:
         lora = f"rank {cfg.rank}, alpha {cfg.alpha:g}"
     dropped = "the whole reference" if cfg.dropout == "whole" else "each token of the reference"
+    dropped += f" dropped with probability {cfg.p_drop:g}"
     use = USE + (STOCK if stock else NOT_STOCK)
     return f"""---
 base_model: {base}
@@ -51,7 +52,7 @@ one picture of any subject and a prompt make a video of that subject. Trained by
 |---|---|
 | steps | {step:,} |
 | data | {pairs:,} pairs of pictures, {clips:,} clips |
-| mixture | motion steps with probability {cfg.p_video:g}, {dropped} dropped with {cfg.p_drop:g} |
+| mixture | motion steps with probability {cfg.p_video:g}; in these, {dropped} |
 | size | {cfg.frames} frames of {cfg.height} x {cfg.width} at {cfg.fps:g} a second |
 | LoRA | {lora} |
 | prompts of pictures | begin with `{cfg.cls_token.strip() or "nothing"}` in training, not in use |

@@ -34,7 +34,7 @@ IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch's counter know
 
 @dataclass(frozen=True)
 class Settings:
-    """What memory and time depend on; defaults are the paper's recipe from a cache.
+    """What memory and time depend on; defaults are one micro-batch of the paper's recipe, from a cache.
 
     train.py's Config, which has these fields too, is taken in its place.
     """

@@ -5,11 +5,12 @@ speeds, and what --shard gathers is taken from FSDP2's documentation.
 
 Beside a step of two blocks of CogVideoX-5B on two threads of a CPU (benchmarks.dit, 2026-11-23). Seconds
 predicted and measured: 6.8 and 6.5 in fp32 (4 % too many), 3.0 and 3.1 in bf16 (2 % too few), if two threads
-are twice as fast as one. GB in fp32: 0.70 and 1.11. The latter is how much a process grew, and torch's
-allocator held 0.70 of it; the matrix library and the heap have the rest.
+are twice as fast as one. GB in fp32, before a LoRA's update was added in place: 0.70 and 1.11. The latter is
+how much a process grew, and torch's allocator held 0.70 of it; the matrix library and the heap have the rest.
 
 Beside full-size micro-batches of CogVideoX-5B on an H100 (benchmarks/nvidia-h100-80gb-hbm3/fullsize.md) the
-memory is 1 % less than measured, 27.6 and 29.5 GB. Seconds agree by the table of that GPU: the shares below
+memory was 1 % less than measured, 27.6 and 29.5 GB, before a LoRA's update was added in place; since then it
+is 2 % less, and was not measured. Seconds agree by the table of that GPU: the shares below
 were chosen so; --keep-attention, which had no part in it, comes out within 0.2 %. What is predicted on a GPU
 itself, from its own `ceilings`, was not compared with steps since these no longer wait after each call.
 """

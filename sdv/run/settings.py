@@ -95,7 +95,7 @@ def parse(
 
 
 class Parser(argparse.ArgumentParser):
-    """Of every command: a description keeps its lines, and a flag has no shorter form."""
+    """Of every command outside kernels/: a description keeps its lines, a flag has no shorter form."""
 
     def __init__(self, **options: object):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
