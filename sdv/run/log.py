@@ -42,7 +42,7 @@ def by_quarter(rows: list[dict]) -> str:
 
 
 def log_line(rows: list[dict], steps: int) -> str:
-    """The newest row; means of the last 100, of each task and of this one by quarter; the steps' time left."""
+    """The newest row; means of the last 100, of each task and this one by quarter; the steps' time left."""
     now, recent = rows[-1], rows[-100:]
     losses = {task: [r["loss"] for r in recent if r["task"] == task] for task in TASKS}
     own = [row for row in recent if row["task"] == now["task"]]
