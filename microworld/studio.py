@@ -76,7 +76,9 @@ def train(out: Path, data: Path, steps: int, **settings: object) -> Path:
         options = RECIPE | {"backbone": TOY, "steps": steps, "save_every": steps} | settings
         options |= {"pairs": data / "pairs", "clips": data / "clips", "cache": data / "cache", "out": out}
         go_on = ["--resume"] * bool(runs.saves(out))
-        subprocess.run([sys.executable, "train.py", *arguments(options), *go_on], cwd=ROOT, check=True)
+        done = subprocess.run([sys.executable, "train.py", *arguments(options), *go_on], cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(done.returncode)  # train.py has said why
     return adapter
 
 
