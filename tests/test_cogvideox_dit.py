@@ -15,7 +15,9 @@ from sdv.lora import add_lora
 from sdv.models.cogvideox_dit import CogVideoXConfig, CogVideoXDiT
 
 
-@pytest.mark.parametrize("size", [(3, 8, 12), (1, 8, 12), (2, 6, 6), (4, 4, 16), (2, 8, 6)])
+@pytest.mark.parametrize(
+    "size", [(3, 8, 12), (1, 8, 12), (2, 6, 6), (4, 4, 16), (2, 8, 6), (1, 10, 4), (1, 4, 14)]
+)
 @torch.no_grad()
 def test_text_to_video_equals_diffusers_at_every_size(stock_dit, size):
     stock, folder = stock_dit
