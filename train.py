@@ -35,7 +35,7 @@ from sdv.data.loader import batches
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.rows import Clips, Pairs, Rows
 from sdv.data.sizes import with_model_defaults
-from sdv.lora import adapt, lora_modules, lora_parameters
+from sdv.lora import acts_on, adapt, lora_modules, lora_parameters
 from sdv.models.positions import place_reference
 from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss
 from sdv.run import card, held_out, log, parallel, plan, provenance, report, saves, settings
@@ -360,7 +360,7 @@ def refuse_other_lora(dit: nn.Module, cfg: Config) -> None:
     """ValueError for a setting of a new LoRA that the one of --adapter has otherwise."""
     modules = lora_modules(dit).values()
     has = {name: {getattr(module, name) for module in modules} for name in ("rank", "alpha")}
-    has["lora_tokens"] = {"ref" if module.tokens else "all" for module in modules}
+    has["lora_tokens"] = {acts_on(dit)}
     for name, values in has.items():
         if getattr(cfg, name) not in values | {getattr(Config, name)}:  # a default was not asked for
             asked, there = getattr(cfg, name), ", ".join(map(str, sorted(values)))
@@ -414,8 +414,7 @@ def save(out: Path, step: int, run: Training, cfg: Config) -> None:
     lora = {name: parallel.whole(p) for name, p in lora_parameters(run.dit).items()}
     state = {"optimizer": parallel.optimizer_state(run.dit, run.optimizer), "step": step, "samples": run.seen}
     state["past"] = {task: list(past) for task, past in run.surgery.past.items()}
-    on_all = not any(module.tokens for module in lora_modules(run.dit).values())
-    stock = on_all and run.dit.ref_position == "leading"  # what diffusers can run
+    stock = acts_on(run.dit) == "all" and run.dit.ref_position == "leading"  # what diffusers can run
 
     def write_adapter(file: Path) -> None:
         weights.save_adapter(run.dit, file, lora=lora)

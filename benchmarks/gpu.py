@@ -38,7 +38,8 @@ MEASUREMENTS = (
     ("storage", ["cogvideox"], 60), ("vae", ["wan"], 60), ("denoise", ["cogvideox"], 70),
     ("denoise", ["wan"], 80),
 )  # fmt: skip
-COMPILED = ("steps", "denoise")  # a VAE runs whole and in torch alone; storage has the kernels of steps
+# Of these; a VAE runs whole and in torch alone, and storage has the kernels of steps.
+COMPILED = ("steps", "kernels", "denoise")
 COMPILING = 0.35  # of the time at most
 LEAST = 5.0  # seconds: with less left, nothing starts
 NO_TESTS = 5  # what pytest returns where a choice is empty
@@ -69,17 +70,18 @@ def tests(limit: float) -> list[Job]:
 def on_gpu(folder: Path, seconds: float) -> tuple[list[Job], list[Job]]:
     """(what may run together, what is timed alone)"""
     limit, together, alone = COMPILING * seconds, tests(COMPILING * seconds), []
-    together.append(Job("compile: kernels", [*BENCH, "--ms", "1", "--out", str(LOGS / "warm")], limit))
     for part, models, most in MEASUREMENTS:
         if part == "kernels":
-            today = str(folder / f"{datetime.date.today()}")
-            alone.append(Job(part, [*BENCH, "--ms", "150", "--out", today], most))
-            continue
-        command = [*FULLSIZE, "--parts", part, "--models", *models]
-        name = f"{part}, {', '.join(models)}"
+            warm = [*BENCH, "--ms", "1", "--out", str(LOGS / "warm")]
+            timed = [*BENCH, "--ms", "150", "--out", str(folder / f"{datetime.date.today()}")]
+        else:
+            command = [*FULLSIZE, "--parts", part, "--models", *models]
+            warm = [*command, "--warm"]
+            timed = [*command, "--out", str(folder), "--seconds", str(most - 10)]
+        name = ", ".join([part, *models])
         if part in COMPILED:
-            together.append(Job(f"compile: {name}", [*command, "--warm"], limit))
-        alone.append(Job(name, [*command, "--out", str(folder), "--seconds", str(most - 10)], most))
+            together.append(Job(f"compile: {name}", warm, limit))
+        alone.append(Job(name, timed, most))
     return together, alone
 
 

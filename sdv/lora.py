@@ -150,6 +150,11 @@ def adapt(
     return modules
 
 
+def acts_on(model: nn.Module) -> str:
+    """Which tokens its LoRA changes: "all" or "ref", as `adapt` takes it."""
+    return "ref" if any(module.tokens for module in lora_modules(model).values()) else "all"
+
+
 def lora_modules(model: nn.Module) -> dict[str, LoRA]:
     """{path: module} in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}
@@ -166,7 +171,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def require_mergeable(model: nn.Module, name: str) -> None:
     """ValueError, with this name, if the LoRA acts on the reference's tokens alone: weights act on all."""
-    if any(module.tokens for module in lora_modules(model).values()):
+    if acts_on(model) == "ref":
         raise ValueError(f"{name}: acts on the reference's tokens alone, so it cannot be merged")
 
 

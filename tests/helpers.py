@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import sample
 import train
 import weights.cogvideox
 import weights.wan
@@ -255,6 +256,18 @@ def encode(path: Path, pictures, pts, unit=Fraction(1, 1000), codec="libx264", t
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def keep_what_is_filmed(monkeypatch) -> list[tuple]:
+    """The arguments of every sample.generate from now on, which makes nine black frames of 64 x 96."""
+    seen = []
+
+    def generate(*arguments):
+        seen.append(arguments)
+        return torch.zeros(1, 3, 9, 64, 96)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    return seen
 
 
 def flat(levels, height: int = 32, width: int = 32) -> list[np.ndarray]:

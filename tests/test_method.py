@@ -5,10 +5,9 @@ import json
 import torch
 from torch import nn
 
-import sample
 import train
 import weights
-from helpers import MEDIA, RUN, run
+from helpers import MEDIA, RUN, keep_what_is_filmed, run
 from sdv import objectives
 from sdv.lora import lora_modules
 from sdv.objectives import TASKS, Losses, draws_of
@@ -124,13 +123,8 @@ def test_a_film_of_a_run_is_its_shot_in_its_settings(monkeypatch, tiny, tmp_path
     shots = [{"prompt": "a dog", "seed": 5}, {"prompt": "a cat", "seed": 6}]
     shots[1]["reference_file_name"] = str(MEDIA / "pairs" / "lawn.jpg")
     (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, shots)))
-    seen, text = [], weights.load_backbone(tiny, parts=("text",), log=lambda line: None).text
-
-    def generate(*arguments):
-        seen.append(arguments)
-        return torch.zeros(1, 3, 9, 64, 96)
-
-    monkeypatch.setattr(sample, "generate", generate)
+    text = weights.load_backbone(tiny, parts=("text",), log=lambda line: None).text
+    seen = keep_what_is_filmed(monkeypatch)
     films = {"--sample-every": 9, "--sample-manifest": tmp_path / "shots.jsonl", "--sample-steps": 7}
     films |= {"--sample-guidance": 3, "--sample-ref-guidance": 2}
     run(monkeypatch, train, {"--backbone": tiny, **RUN, **films, "--steps": 1, "--out": tmp_path / "run"})

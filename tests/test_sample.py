@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import sample
 import weights
-from helpers import MEDIA, SIZE, relative_error, run
+from helpers import MEDIA, SIZE, keep_what_is_filmed, relative_error, run
 from sdv.data.media import fit, inspect_clip, read_image
 from sdv.lora import adapt, add_lora, lora_modules, lora_parameters
 from sdv.seeds import generator
@@ -151,16 +151,10 @@ def test_a_prediction_that_is_not_finite_is_told():
 
 
 def test_every_flag_reaches_the_film(monkeypatch, tiny, tmp_path):
-    seen, backbone = [], weights.load_backbone(tiny, log=lambda line: None)
+    seen, backbone = keep_what_is_filmed(monkeypatch), weights.load_backbone(tiny, log=lambda line: None)
     for module in adapt(backbone.dit, 4, 4.0).values():
         nn.init.normal_(module.lora_B)
     weights.save_adapter(backbone.dit, tmp_path / "a.safetensors")
-
-    def generate(*arguments):
-        seen.append(arguments)
-        return torch.zeros(1, 3, 9, 64, 96)
-
-    monkeypatch.setattr(sample, "generate", generate)
     picture = MEDIA / "pairs" / "lawn.jpg"
     options = {"--backbone": tiny, **SIZE, "--adapter": tmp_path / "a.safetensors", "--ref": picture}
     options |= {"--prompt": "a dog", "--negative": "ugly"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
+from sdv.lora import act_on_reference, acts_on, add_lora, lora_modules, lora_parameters
 from sdv.models.positions import place_reference
 from weights.formats import LAYER_NAMES, PLACE_NOTE, TOKENS_NOTE, Adapter, Update, read, write
 
@@ -26,8 +26,7 @@ def save_adapter(
         ours: Update(lora[f"{ours}.lora_A"].detach(), lora[f"{ours}.lora_B"].detach(), module.alpha)
         for ours, module in modules.items()
     }
-    everywhere = next(iter(modules.values())).tokens is None
-    notes = {PLACE_NOTE: dit.ref_position, TOKENS_NOTE: "all" if everywhere else "ref"}
+    notes = {PLACE_NOTE: dit.ref_position, TOKENS_NOTE: acts_on(dit)}
     family = next(kind for kind in LAYER_NAMES if isinstance(dit, kind))  # sharding makes subclasses
     write(Adapter(path, format, family, updates, notes, "from the model"), path, format)
 
