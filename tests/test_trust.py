@@ -190,7 +190,8 @@ def test_cut_before_enlarged_equals_enlarged_before_cut(monkeypatch, size, zoom,
     whole = pixels.resize(photo, *size, zoom=zoom, at=at)
     monkeypatch.setattr(pixels, "WHOLE_PIXELS", 0)
     part = pixels.resize(photo, *size, zoom=zoom, at=at)
-    assert (part.int() - whole.int()).abs().max() <= 1
+    off = (part.int() - whole.int()).abs()  # 2: a level of the first pass, times a weight of up to 1.25
+    assert off.max() <= 2 and (off == 2).double().mean() < 1e-5
     assert difference(part, whole) < 0.1
 
 

@@ -72,7 +72,10 @@ def _taps(length: int, resized: int, start: int, count: int) -> Taps:
 
 
 def _cut_and_enlarge(images: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
-    """A part of a resized picture, made without the rest of it; a level of 255 beside torch's at most."""
+    """A part of a resized picture, made without the rest of it; two levels of 255 beside torch's at most.
+
+    One, where a sum lies between two levels; two, where the first pass differed and its weight is above 1.
+    """
     part = images[..., rows.source, columns.source].float()
     part = (part @ columns.weights.T).round_().clamp_(0, 255)  # torch keeps bytes between the two, too
     return (rows.weights @ part).round_().clamp_(0, 255).to(torch.uint8)
