@@ -6,10 +6,12 @@ or not at all; one that is damaged all the same is removed, and its entries are 
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ VERSION = 2  # of the way from a file to an entry: to be raised when that change
 SHARD_BYTES = 2**28
 TORN_SECONDS = 3600  # a temporary file that nobody has written to for so long was left by a killed run
 AHEAD = 4  # rows decoded while another one is encoded
+# A bar, drawn anew every half a minute where it is not a terminal's: a log file keeps all its states.
+bar = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 class Shards:
@@ -176,7 +180,7 @@ class Cache:
         if jobs or new_texts:
             networks = load()
             try:
-                for name, prompt in tqdm(new_texts[rank::world], "prompts", disable=rank > 0):
+                for name, prompt in bar(new_texts[rank::world], "prompts", disable=rank > 0):
                     self.shards.add(name, networks.text([prompt])[0])
                 self._encode(jobs[rank::world], networks.video, rank)
             finally:
@@ -188,7 +192,7 @@ class Cache:
 
     def _encode(self, jobs: list[Job], encode: Callable[[Tensor], Tensor], rank: int) -> None:
         items = zip(jobs, decoded(jobs), strict=True)
-        for job, item in tqdm(items, "latents", len(jobs), disable=rank > 0):
+        for job, item in bar(items, "latents", len(jobs), disable=rank > 0):
             for field, name in job.fields.items():
                 self.shards.add(name, self._latents(item, field, encode))
 
