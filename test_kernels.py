@@ -17,6 +17,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -487,20 +488,32 @@ def test_operators_are_well_formed():
 
 
 def test_offsets_past_two_to_the_31():
-    """Three tokens 2^30 numbers apart: the last lies past what 32 bits can count."""
+    """Three tokens, or heads, 2^30 numbers apart: the last lies past what 32 bits can count."""
     torch.use_deterministic_algorithms(False)  # or all of it were filled with NaN
     far = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)  # touched at three places only
     x = far.as_strided((1, 3, 64), (0, 2**30, 1)).copy_(numbers(1, 3, 64))
     near, scale = x.clone(), numbers(1, 1, 64)
     assert torch.equal(kernels.adaln(x, scale, scale), kernels.adaln(near, scale, scale))
-    (x, near), table = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in (x, near)), tables(3, 32)
-    assert torch.equal(kernels.rope(x, *table), kernels.rope(near, *table))
-    for arch in ARCHS:
-        with dispatch.pretend(arch):
-            assert torch.equal(kernels.attention(x, x, x), kernels.attention(near, near, near))
+    tokens, beside = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in (x, near))
+    across, close = (t.unflatten(-1, (2, 32)) for t in (x, near))  # the same numbers as three heads
+    for x, near in ((tokens, beside), (across, close)):
+        table = tables(x.shape[2], 32)
+        assert torch.equal(kernels.rope(x, *table), kernels.rope(near, *table))
+        for arch in ARCHS:
+            with dispatch.pretend(arch):
+                assert torch.equal(kernels.attention(x, x, x), kernels.attention(near, near, near))
 
 
 # ---- who runs what ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "number", "hip"), [("Tesla T4", (7, 5), None), ("MI300X", (9, 4), "7.0")])
+def test_a_gpu_that_no_tile_fits_is_refused(monkeypatch, name, number, hip):
+    chip = SimpleNamespace(name=name, major=number[0], minor=number[1], multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(ValueError, match=f"{name}: .*Ampere.*set SDV_KERNELS=reference"):
+        dispatch._chip(torch.device("cuda:9"))
 
 
 def test_who_runs_what(monkeypatch):

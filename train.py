@@ -241,7 +241,7 @@ class Config(Looking):
     seed: Seed = 0  # of every draw
     device: str = settings.DEVICE  # where it runs
     dtype: Literal["bfloat16", "float32"] = settings.DTYPE  # of the frozen networks
-    recompute_every: CountOrNone = 1  # every n-th block recomputes in backward, for less memory; 0: none
+    recompute: Share = 1.0  # share of the blocks that recompute activations in backward, for less memory
     keep_attention: bool = False  # recomputed blocks keep what self-attention returned: faster, more memory
     base_storage: Storage = "device"  # the base's matrices: as they are, fp8, or on the CPU
     shard: bool = False  # spread the model over all processes (FSDP2); else each holds all of it
@@ -250,9 +250,9 @@ class Config(Looking):
     plan: bool = False  # print predicted memory and time of a step, then stop
 
 
-RENAMED = {"frozen": "base_storage", "checkpoint_every": "recompute_every"}  # still read in this version
+RENAMED = {"frozen": "base_storage"}  # still read in this version
 # Settings that may differ between two parts of one run: none of them changes what is drawn or learned.
-FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "recompute_every", "save_every"}
+FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "recompute", "save_every"}
 FREE |= {"keep_attention", "keep", "shard", "plan", "tensorboard"}
 FREE |= {"identity_batch", "motion_batch", "accumulate"}  # together they stay the same, see below
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
@@ -295,8 +295,8 @@ def refuse_conflicts(cfg: Config) -> None:
          "--pcgrad needs both tasks, one in a step: 0 < --p-video < 1 and --coin step"),
         (cfg.shard and (cfg.pcgrad != "none" or (cfg.probe_every and looks)),
          "--shard splits every gradient over processes: use --pcgrad none --probe-every 0"),
-        (cfg.keep_attention and not cfg.recompute_every,
-         "--keep-attention is about recomputed blocks: give --recompute-every 1 or more"),
+        (cfg.keep_attention and not cfg.recompute,
+         "--keep-attention is about recomputed blocks: give --recompute above 0"),
         (cfg.shard and cfg.base_storage != "device",
          "--shard and --base-storage both say where the base's matrices are: choose one of them"),
     ):  # fmt: skip
@@ -327,7 +327,7 @@ def require_finite_gradient(norm: Tensor, step: int) -> None:
         )
 
 
-def open_rows(cfg: Config) -> tuple[dict[str, Rows], dict[str, Rows]]:
+def open_rows(cfg: Config, say: Callable[[str], None]) -> tuple[dict[str, Rows], dict[str, Rows]]:
     """Checked rows to train on, and rows held out, of each task."""
     sides, data, unseen = (cfg.height, cfg.width), {}, {}
     if cfg.p_video < 1:
@@ -338,8 +338,10 @@ def open_rows(cfg: Config) -> tuple[dict[str, Rows], dict[str, Rows]]:
         unseen["identity"] = Pairs(cfg.val_pairs, *sides, cfg.cls_token)
         unseen["motion"] = Clips(cfg.val_clips, cfg.frames, cfg.fps, *sides)
         held_out.check_unseen(unseen.values(), data.values())
-        for rows in unseen.values():
-            held_out.two_halves(rows)
+        for task, rows in unseen.items():
+            there, places = min(map(len, held_out.two_halves(rows))), getattr(cfg, f"{task}_batch")
+            if there < (places := places * cfg.val_batches):
+                say(f"held out, {task}: a half has {there} rows for {places}: intervals will be too narrow")
     for rows in (*data.values(), *unseen.values()):
         rows.verify(cfg.verify)
     return data, unseen
@@ -529,7 +531,7 @@ def main() -> int | None:
         return say(plan.report(cfg, layout, world))
     if cfg.shard and world == 1:
         raise ValueError("--shard spreads the model over processes: start them with torchrun")
-    data, unseen = open_rows(cfg)
+    data, unseen = open_rows(cfg, say)
     folders = [*data.values(), *unseen.values()]
     captions = ((row.origin, rows.prompt(row)) for rows in folders for row in rows.rows)
     say(
@@ -571,7 +573,7 @@ def main() -> int | None:
     backbone = weights.load_backbone(cfg.backbone, home, dtype, ("dit",), say)
     dit, backbone.vae = backbone.dit, vae
     schedule = dataclasses.replace(backbone.schedule, train_shift=cfg.t_shift)
-    dit.recompute_every, dit.keep_attention = cfg.recompute_every, cfg.keep_attention
+    dit.recompute, dit.keep_attention = cfg.recompute, cfg.keep_attention
     torch.manual_seed(cfg.seed)
     say(attach(dit, newest / "adapter.safetensors" if newest else cfg.adapter, cfg))
     hold(dit, cfg.base_storage, cfg.device)

@@ -202,8 +202,8 @@ def main() -> None:
 
     # 2. Pictures, which are quick, then the films.
     same, kind = pictures(films, known, judges) if known and (args.clip or args.dino) else ([], [])
-    rows = [table.summarise("films", judge(films, known, scores, judges, "films"))]
-    more = []
+    judged = judge(films, known, scores, judges, "films")
+    rows, more = [table.summarise("films", judged)], []
     for name, needs, samples in (
         (table.BASE, "--base", judge(base, known, scores, judges, "base")),
         (table.STILL, "films", still_films(films, known, judges)),
@@ -213,7 +213,7 @@ def main() -> None:
         rows += [table.summarise(name, samples)] if samples else []
         more += [] if samples else [f"{name}: not run, it needs {needs}"]
     if same and kind:
-        more += [table.position(rows[0], rows[-1], rows[-2], measure) for measure in rows[-1].cells]
+        more += [table.position(judged, kind, same, measure) for measure in rows[-1].cells]
 
     # 3. The table.
     text = table.markdown([*rows, *table.paper_rows()], notes(judges, films, rows[0].cells) + more)

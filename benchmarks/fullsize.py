@@ -108,7 +108,7 @@ def sdv_trains(model: Model, step: Settings, task: Task, mode: str, book: Book) 
     if step.base_storage == "cpu":
         dit.to("cpu")
     hold(dit, step.base_storage, step.device)
-    dit.recompute_every, dit.keep_attention = step.recompute_every, step.keep_attention
+    dit.recompute, dit.keep_attention = step.recompute, step.keep_attention
     with kernels_by(mode):
         found, said = trained(dit, model, step, task, book), model.plan(step, task)
     seconds = {"seconds": round(model.pace.seconds(said.flops), 3)} if model.pace else {}
@@ -126,7 +126,9 @@ def peft_trains(model: Model, task: Task, dtype: torch.dtype, book: Book) -> dic
 def steps(model: Model, book: Book) -> None:
     """All of the peers' first: in a process where ours had run before, an H100 took 19 to 20 % longer."""
     step, kept = model.step, replace(model.step, keep_attention=True)
+    most = replace(kept, recompute=0.6)  # of 80 GB
     ours = {"sdv": (step, "auto"), "sdv --keep-attention": (kept, "auto"), IN_TORCH: (step, "reference")}
+    ours["sdv --keep-attention --recompute 0.6"] = most, "auto"
     flops = {task: model.plan(step, task).flops.total() for task in ("motion", "identity")}
     for task, n in flops.items() if model.peers else ():
         for dtype in (torch.bfloat16, torch.float32):
@@ -150,7 +152,7 @@ def storage(model: Model, book: Book) -> None:
 
 @torch.no_grad()
 def denoise(model: Model, book: Book) -> None:
-    """All but the last have the same weights; `differs` is from the first."""
+    """Peers first, as in `steps`. All but the last have the same weights; `differs` is from the first."""
     step, (video, ref, text) = model.step, model.inputs("motion", 2)
     t, first = torch.full((2,), 500.0, device=step.device), {}
     flops = sum(n for (stage, _), n in model.plan(step, "motion").flops.items() if stage == "forward")
@@ -180,17 +182,19 @@ def denoise(model: Model, book: Book) -> None:
         share(dit(), net.net, model.layout.parts["dit"].names)
         return net
 
-    def compiled() -> nn.Module:
-        for block in dit().blocks:
+    def compiled(net_of: Callable[[], nn.Module]) -> nn.Module:
+        for block in next(part for part in net_of().modules() if isinstance(part, nn.ModuleList)):
             block.compile(backend="inductor" if step.device == "cuda" else "eager")
-        return dit()
+        return net_of()
 
-    dit = cache(ours)
+    dit, stock = cache(ours), cache(theirs)
+    if model.peers:
+        both("diffusers", stock)
+        both("diffusers, compiled", cache(partial(compiled, stock)))
+        stock.cache_clear()
     both("sdv", dit)
     both(IN_TORCH, dit, "reference")
-    if model.peers:
-        both("diffusers", cache(theirs))
-    both("sdv --compile", cache(compiled))
+    both("sdv --compile", cache(partial(compiled, dit)))
     dit.cache_clear()
     both("sdv, LoRA not merged", cache(partial(ours, step.rank)), same=False)
 
@@ -217,11 +221,11 @@ def vae(model: Model, book: Book) -> None:
         return found | ({"differs": relative_error(out, truth)} if truth is not out else {})
 
     sides = {
-        "sdv": {"decode": lambda: own.decode(own.scaled(latents)), "encode": lambda: own.encode(clip)},
-        "diffusers": {
+        "diffusers": {  # first, as in `steps`
             "decode": lambda: theirs().decode(latents, return_dict=False)[0],
             "encode": lambda: own.scaled(theirs().encode(clip, return_dict=False)[0].mode()),
         },
+        "sdv": {"decode": lambda: own.decode(own.scaled(latents)), "encode": lambda: own.encode(clip)},
     }
     for who, ways in sides.items() if model.peers else [("sdv", sides["sdv"])]:
         for what, work in ways.items():

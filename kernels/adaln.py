@@ -21,7 +21,7 @@ added in the order of the programs. No atomics: the same bits every time. n = (h
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -204,7 +204,7 @@ class Plan(NamedTuple):
     meta: dict  # the constants of the launch
 
 
-@lru_cache(maxsize=256)
+@cache  # for ever: a captured CUDA graph reads a plan where it lies
 def _plan(
     shape: tuple, S: int, segments: Segments, tile: Tile, processors: int, device: torch.device
 ) -> Plan:

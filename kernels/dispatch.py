@@ -79,8 +79,10 @@ def use_triton(x: Tensor) -> bool:
 def _chip(device: torch.device) -> tuple[int, int]:
     """(the newest of ARCHS that a GPU can run, its multiprocessors)"""
     gpu = torch.cuda.get_device_properties(device)
-    newest = max((a for a in ARCHS if a <= 10 * gpu.major + gpu.minor), default=ARCHS[0])
-    return newest, gpu.multi_processor_count
+    fit = [a for a in ARCHS if a <= 10 * gpu.major + gpu.minor and torch.version.hip is None]
+    # Those before Ampere have too little shared memory for any tile, and AMD's are numbered otherwise.
+    require(fit, lambda: f"{gpu.name}: kernels want an NVIDIA GPU from Ampere (8.0) on; {TO_TORCH}")
+    return max(fit), gpu.multi_processor_count
 
 
 def arch(x: Tensor) -> int:

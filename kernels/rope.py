@@ -99,8 +99,9 @@ def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @triton.jit
 def _tile(x, xS, b, t, h, end, H, K: tl.constexpr):
     """(TOKENS, HEADS, K) in fp32, zeros past the last token or head. xS: strides of batch, head, token."""
-    start = x + tl.cast(b, tl.int64) * xS[0] + tl.cast(t, tl.int64)[:, None, None] * xS[2]
+    b, h, t = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(t, tl.int64)
     inside = (t < end)[:, None, None] & (h < H)[None, :, None]
+    start = x + b * xS[0] + t[:, None, None] * xS[2]
     at = start + h[None, :, None] * xS[1] + tl.arange(0, K)[None, None, :]
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 

@@ -16,9 +16,11 @@ from typing import Literal
 from microworld import studio
 from sdv.run import report
 from sdv.run.report import COSINES
-from sdv.run.settings import Count, CountOrNone, Seed, parse, run
+from sdv.run.settings import Seed, parse, run
 
 HERE = studio.ROOT / "benchmarks/gradients"
+STEPS, EVERY = 1000, 50  # of each run, and between probes (paper: the first 1,000, every 5 to 50)
+SETTLED = 100  # the table's means begin after this step
 RUNS: dict[str, dict[str, object]] = {
     "full recipe": {},
     "image only": {"p_video": 0.0},
@@ -33,11 +35,6 @@ class Config:
 
     runs: tuple[Literal[*RUNS], ...] = tuple(RUNS)  # which of them
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of training; the probe's own draws do not depend on it
-    steps: Count = 1000  # of each run (paper: the first 1,000)
-    every: Count = 50  # steps between probes (paper: 5 to 50)
-    settled: CountOrNone = 100  # the table's means begin after this step
-    pairs: Count = 4000  # picture pairs
-    clips: Count = 64  # clips of other subjects
     out: str = "out/gradients"  # worlds and runs
 
 
@@ -64,21 +61,21 @@ def thin(rows: list[dict], drawn: bool) -> list[dict]:
     return kept
 
 
-def means(folder: Path, settled: int) -> dict[str, float]:
+def means(folder: Path) -> dict[str, float]:
     """Each cosine's mean over the probes of one run; a probe where it is undefined does not count."""
     found: dict[str, list[float]] = {name: [] for name in COSINES}
     for row in report.read(folder):
-        if row["step"] >= settled:
+        if row["step"] >= SETTLED:
             whole = row["whole"]["all"]
             for name in COSINES:
                 found[name] += [whole[name][0]] if whole[name][0] is not None else []
     return {name: statistics.mean(values) for name, values in found.items() if values}
 
 
-def table(settled: int) -> str:
+def table() -> str:
     lines = [f"| run | seeds | {' | '.join(COSINES)} |", "|---|---:|" + "---:|" * len(COSINES)]
     for name in RUNS:
-        runs = [means(folder, settled) for folder in sorted(HERE.glob(f"{studio.slug(name)}-*"))]
+        runs = [means(folder) for folder in sorted(HERE.glob(f"{studio.slug(name)}-*"))]
         if runs:
             cells = [studio.cell([one[column] for one in runs if column in one], 3) for column in COSINES]
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
@@ -88,11 +85,11 @@ def table(settled: int) -> str:
 def main() -> None:
     cfg = parse(Config, __doc__)
     out = Path(cfg.out).resolve()
-    data = studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
-    unseen = studio.make_world(out / "unseen", pairs=512, clips=64, seed=1)
+    data = studio.study_world(out, pairs=4000, clips=64)
+    unseen = studio.make_world(out / "unseen", pairs=1024, clips=128, seed=1)
     probe = {
         "val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "val_every": 0,
-        "probe_every": cfg.every, "val_batches": 8,  # micro-batches that a half of the probe averages
+        "probe_every": EVERY, "val_batches": 8,  # micro-batches that a half averages, of rows of their own
     }  # fmt: skip
     for seed in cfg.seeds:
         for name in cfg.runs:
@@ -100,17 +97,17 @@ def main() -> None:
             if kept.is_dir():
                 continue
             folder = out / kept.name
-            studio.train(folder, data, cfg.steps, seed=seed, **probe, **RUNS[name])
+            studio.train(folder, data, STEPS, seed=seed, **probe, **RUNS[name])
             probes = map(json.dumps, thin(report.read(folder), seed == cfg.seeds[0]))
             kept.mkdir(parents=True)  # now that there is something to keep
             shutil.copyfile(folder / "config.json", kept / "config.json")
             (kept / "probes.jsonl").write_text("".join(f"{line}\n" for line in probes))
-            (HERE / "table.md").write_text(table(cfg.settled))
+            (HERE / "table.md").write_text(table())
             print(report.cost(folder))
     drawn = [HERE / f"{studio.slug(name)}-{cfg.seeds[0]}" for name in cfg.runs]
     runs = [(report.name_of(one), report.read(one)) for one in drawn]
     (HERE / "probes.png").write_bytes(report.draw(runs))
-    print(table(cfg.settled))
+    print(table())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sdv.run.log import read_log
 from sdv.run.settings import Count, Seed, parse, run
 
 FILE = studio.ROOT / "benchmarks/placement.csv"
+LAST, CASES = 200, 40  # steps over which the losses are averaged; videos that a run is judged by
 MEASURES = ("top1", "top5", "colour", "motion", "dynamic", "background", "copied")
 
 
@@ -32,10 +33,6 @@ class Config:
     places: tuple[Literal[*WanDiT.ref_positions], ...] = WanDiT.ref_positions  # which of them
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of training
     steps: Count = 600  # of each run
-    last: Count = 200  # steps over which the losses are averaged
-    cases: Count = 40  # videos a run is judged by
-    pairs: Count = 2000  # picture pairs
-    clips: Count = 64  # clips of other subjects
     out: str = "out/placement"  # worlds and runs
 
 
@@ -50,10 +47,10 @@ def losses(folder: Path, after: int) -> dict[str, float]:
 def main() -> None:
     cfg = parse(Config, __doc__)
     backbone, out = Path(cfg.backbone).resolve(), Path(cfg.out).resolve()
-    data = studio.study_world(out, pairs=cfg.pairs, clips=cfg.clips)
+    data = studio.study_world(out, pairs=2000, clips=64)
     layout = weights.open_backbone(studio.TOY)
     sizes = {name: getattr(layout, name) for name in ("height", "width", "frames", "fps")}
-    base, of = studio.Studio(folder=backbone), studio.cases(cfg.cases)
+    base, of = studio.Studio(folder=backbone), studio.cases(CASES)
     done = {(row["place"], row["seed"], row["steps"]) for row in studio.read_table(FILE)}
     for seed in cfg.seeds:
         for place in cfg.places:
@@ -63,7 +60,7 @@ def main() -> None:
             folder = out / f"{place}-{seed}"
             base.put_on(studio.train(folder, data, cfg.steps, **settings))
             seen = studio.judge(base.film(of, guidance=3.0, ref_guidance=1.0), of)["mean"]
-            row = {"place": place, "seed": seed, "steps": cfg.steps} | losses(folder, cfg.steps - cfg.last)
+            row = {"place": place, "seed": seed, "steps": cfg.steps} | losses(folder, cfg.steps - LAST)
             row |= {measure: seen[measure] for measure in MEASURES} | {"date": datetime.date.today()}
             print(json.dumps(studio.add_row(FILE, row)))
 

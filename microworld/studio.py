@@ -32,7 +32,7 @@ TOY = ROOT / "weights/toy"
 SHIPPED = TOY / "adapter.safetensors"
 # The paper's recipe at the world's scale: what is not named here is train.py's default, the paper's value.
 RECIPE = {
-    "rank": 64, "alpha": 64, "lr": 3e-3, "warmup": 50, "dtype": "bfloat16", "recompute_every": 0,
+    "rank": 64, "alpha": 64, "lr": 3e-3, "warmup": 50, "dtype": "bfloat16", "recompute": 0.0,
     "identity_batch": 64, "motion_batch": 8, "accumulate": 1, "workers": 0, "verify": 8,
 }  # fmt: skip
 # Films of an adapter are guided by the picture alone: guidance on the text works against it and mottles the

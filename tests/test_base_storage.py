@@ -39,8 +39,8 @@ def test_the_step_is_that_of_the_matrices_that_come_back(stock_dit, dtype):
             layer.weight.data = Float8()(*Float8().right_inverse(layer.weight.data))
     video, t, text, ref = random_inputs()
 
-    def step(model: nn.Module, every: int = 1) -> list[torch.Tensor]:
-        model.recompute_every = every
+    def step(model: nn.Module, share: float = 1.0) -> list[torch.Tensor]:
+        model.recompute = share
         pred = model(video.to(dtype), t, text.to(dtype), ref.to(dtype))
         grads = torch.autograd.grad(pred.float().square().mean(), list(lora_parameters(model).values()))
         return [pred, *grads]

@@ -108,11 +108,11 @@ def test_what_is_asked_for_is_what_trains(monkeypatch, tiny, tmp_path):
     seen = []
     monkeypatch.setattr(train, "train", lambda first, training, *rest: seen.append(training) or 0)
     asked = {"--lora-dropout": 0.2, "--t-shift": 3, "--pcgrad": "exact", "--p-video": 0.3}
-    asked |= {"--eps": 1e-3, "--weight-decay": 0.5, "--recompute-every": 2}
+    asked |= {"--eps": 1e-3, "--weight-decay": 0.5, "--recompute": 0.5}
     run(monkeypatch, train, {"--backbone": tiny, **RUN, **asked, "--out": tmp_path})
     (training,) = seen
     assert {module.dropout for module in lora_modules(training.dit).values()} == {0.2}
-    assert training.dit.training and training.dit.recompute_every == 2 and training.schedule.train_shift == 3
+    assert training.dit.training and training.dit.recompute == 0.5 and training.schedule.train_shift == 3
     assert training.surgery.mode == "exact" and training.surgery.share == {"identity": 0.7, "motion": 0.3}
     found = training.optimizer.defaults
     assert (found["lr"], found["betas"]) == (0.01, (0.9, 0.95))

@@ -30,7 +30,7 @@ from sdv.run.settings import run as call
         "--device cuda:99", "--device mps", "--seed -1", "--lr 0", "--lr inf", "--eps 0", "--height 0",
         "--frames -1", "--val-batches 0", "--probe-every -1", "--keep -1", "--lora-dropout 1.5", "--alpha 0",
         "--lora-alpha 3", "--sample-every 5", "--dtype float16", "--steps 1.5", "--steps many",
-        "--keep-attention --recompute-every 0",
+        "--keep-attention --recompute 0",
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused_by_its_flag(words, monkeypatch, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_sample_refuses_in_the_same_way(words, monkeypatch):
     ("study", "words"),
     [
         (claims, "--rows nothing"), (claims, "--rows"), (claims, "--cases 0"), (claims, "--ref-guidance nan"),
-        (demo, "--cases -1"), (gradients, "--every 0"), (gradients, "--runs no"), (gradients, "--seeds -1"),
+        (demo, "--cases -1"), (gradients, "--runs no"), (gradients, "--seeds -1"),
         (placement, "--places nowhere"), (world, "--fps 0"), (world, "--pairs -3"), (world, "--size 8"),
     ],
 )  # fmt: skip
@@ -111,9 +111,9 @@ def test_a_line_is_in_a_log_file_as_soon_as_it_is_said(monkeypatch):
 
 
 def test_old_names_are_read_for_this_version_with_a_line(capsys):
-    words = ["--frozen", "fp8", "--checkpoint-every=2", "--no-resume"]
+    words = ["--frozen=fp8", "--no-resume"]
     cfg = parse(train.Config, "", words, train.RENAMED)
-    assert (cfg.base_storage, cfg.recompute_every, cfg.resume) == ("fp8", 2, False)
+    assert (cfg.base_storage, cfg.resume) == ("fp8", False)
     assert "--frozen is called --base-storage now" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ Shares are shown as percentages, as the paper has them; speed in hundredths of t
 import csv
 import io
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,13 +82,28 @@ def paper_rows() -> list[Row]:
     ]
 
 
-def position(films: Row, floor: Row, ceiling: Row, measure: str) -> str:
-    """Where films stand between other subjects of the noun (0) and the subject itself (100 %)."""
-    low, high = floor.cells[measure].mean, ceiling.cells[measure].mean
+def position(
+    films: Sequence[Sample], floor: Sequence[Sample], ceiling: Sequence[Sample], measure: str
+) -> str:
+    """Where films stand between other subjects of the noun (0) and the subject itself (100 %).
+
+    Of the subjects that have all three, each counted alike.
+    """
+    groups = [defaultdict(list) for _ in range(3)]
+    for group, samples in zip(groups, (films, floor, ceiling), strict=True):
+        for sample in samples:
+            group[sample.subject].append(sample.scores[measure])
+    subjects = set.intersection(*(set(group) for group in groups))
+    if not subjects:
+        return f"{measure}: no subject has another picture and another subject of its noun"
+    mean, low, high = (statistics.fmean(statistics.fmean(g[s]) for s in subjects) for g in groups)
     if high <= low:
         return f"{measure} cannot tell these subjects apart: its ceiling is not above its floor"
-    share = (films.cells[measure].mean - low) / (high - low)
-    return f"{measure} of the films stands at {100 * share:.0f} % of the way from floor to ceiling"
+    share = 100 * (mean - low) / (high - low)
+    return (
+        f"{measure} of the films stands at {share:.0f} % of the way from floor to ceiling, "
+        f"of {len(subjects)} subjects that have both"
+    )
 
 
 def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 Each yardstick is a list of samples like those of films, so that one table summarises all of them.
 """
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,11 @@ def still_films(films: Sequence[Shot], known: dict[Path, Subject], judges: Judge
 
 
 def pictures(films: Sequence[Shot], known: dict[Path, Subject], judges: Judges) -> tuple[list, list]:
-    """CLIP-I and DINO-I of references against others of their subject, and other subjects of their noun."""
+    """CLIP-I and DINO-I of references against others of their subject, and other subjects of their noun.
+
+    One sample a reference, the mean over all that it is compared with: dogs are not to count for more than
+    backpacks because there are more of them.
+    """
     size = inspect_clip(films[0].file)[:2]
     refs = list(dict.fromkeys(film.ref.resolve() for film in films))
     for ref in refs:
@@ -55,13 +60,11 @@ def pictures(films: Sequence[Shot], known: dict[Path, Subject], judges: Judges) 
         for picture in [ref, *others]:
             if picture not in vectors:
                 vectors[picture] = _vectors(canvas(picture, *size)[None], judges)
-        mine, name = vectors[ref], known[ref].name
-        return [
-            Sample(
-                name, None, {measure: mean_cosine(mine[measure], vectors[other][measure]) for measure in mine}
-            )
-            for other in others
-        ]
+        scores = {
+            measure: statistics.fmean(mean_cosine(mine, vectors[other][measure]) for other in others)
+            for measure, mine in (vectors[ref].items() if others else ())
+        }
+        return [Sample(known[ref].name, None, scores)] if scores else []
 
     same, kind = [], []
     for ref in refs:

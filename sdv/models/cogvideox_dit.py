@@ -107,7 +107,7 @@ class CogVideoXDiT(nn.Module):
         self.mod_out = nn.Linear(cfg.time_dim, 2 * cfg.dim)
         self.norm_out = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
-        self.recompute_every = 0  # recompute every n-th block in backward; 0: keep all activations
+        self.recompute = 0.0  # share of the blocks that recompute their activations in backward
         self.keep_attention = False  # what self-attention returned stays in recomputed blocks
         self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
 
@@ -138,7 +138,7 @@ class CogVideoXDiT(nn.Module):
         self.ref_tokens = slice(text.shape[1], x.shape[1] - self.token_count(video))
         time = nn.functional.silu(self.time_in(t))  # (B, time_dim)
 
-        x = run_blocks(self.blocks, self.recompute_every, self.keep_attention, x, time, rope, segments)
+        x = run_blocks(self.blocks, self.recompute, self.keep_attention, x, time, rope, segments)
         x = x[:, -self.token_count(video) :]  # (B, T h w, D): video only
         return self.output(x, time, (video.shape[2], rows, columns))  # (B, C, T, H, W)
 

@@ -106,16 +106,18 @@ def self_attention_stays(_context, op, *args, **_options) -> CheckpointPolicy:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, recompute_every: int, keep_attention: bool, x: Tensor, *conditions
+    blocks: nn.ModuleList, recompute: float, keep_attention: bool, x: Tensor, *conditions
 ) -> Tensor:
-    """x through block(x, *conditions) of each; every n-th recomputes its activations in backward.
+    """x through block(x, *conditions) of each; that share of them recomputes its activations in backward.
 
-    keep_attention: those keep what self-attention returned, and recompute the rest.
+    These are the first: when one of them runs again, the activations of the others are gone already.
+    keep_attention: they keep what self-attention returned, and recompute the rest.
     """
+    again = round(recompute * len(blocks)) if torch.is_grad_enabled() else 0
     kept = partial(create_selective_checkpoint_contexts, self_attention_stays)
     around = kept if keep_attention else noop_context_fn
     for i, block in enumerate(blocks):
-        if recompute_every and i % recompute_every == 0 and torch.is_grad_enabled():
+        if i < again:
             x = checkpoint(block, x, *conditions, use_reentrant=False, context_fn=around)
         else:
             x = block(x, *conditions)

@@ -127,7 +127,7 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
         self.proj_out = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
-        self.recompute_every = 0  # recompute every n-th block in backward; 0: keep all activations
+        self.recompute = 0.0  # share of the blocks that recompute their activations in backward
         self.keep_attention = False  # what self-attention returned stays in recomputed blocks
         self.ref_position = cfg.ref_position
         self.ref_tokens = slice(0, 0)  # where the reference lies in the sequence of the latest call
@@ -161,7 +161,7 @@ class WanDiT(nn.Module):
         time, modulation = self.embed_time(times)  # (B, S, D), (B, S, 6, D)
         conditions = self.text_in(text), modulation, rope, segments
 
-        x = run_blocks(self.blocks, self.recompute_every, self.keep_attention, x.contiguous(), *conditions)
+        x = run_blocks(self.blocks, self.recompute, self.keep_attention, x.contiguous(), *conditions)
         return self.output(x[:, -tokens:], time[:, -1:], grid)  # (B, C, T, H, W): video only
 
     def embed_time(self, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Where a transformer's frozen matrices wait for their layer's turn: as they are, in 8 bits, or on the CPU.
 
 A matrix that was brought back stays as long as its layer works, in training until backward. So recompute
-every block (--recompute-every 1): then only one block's are there at a time. They are nearly all of the
+every block (--recompute 1): then only one block's are there at a time. They are nearly all of the
 11.1 GB of CogVideoX-5B: in bf16, "fp8" halves them, and "cpu" leaves the 0.26 GB of a block.
 """
 

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -49,7 +49,7 @@ class Settings:
     motion_batch: int = 1
     keep_attention: bool = False
     base_storage: Storage = "device"
-    recompute_every: int = 1
+    recompute: float = 1.0
     p_video: float = 0.2
     pcgrad: str = "none"
     cache: str = "there"
@@ -173,7 +173,7 @@ def build(cfg: Settings, layout: Layout, layers: int | None = None, device: str 
     dit.blocks = dit.blocks[:layers]
     for module in adapt(dit, cfg.rank, cfg.alpha, cfg.targets, cfg.lora_tokens).values():
         module.dropout = cfg.lora_dropout
-    dit.recompute_every, dit.keep_attention = cfg.recompute_every, cfg.keep_attention
+    dit.recompute, dit.keep_attention = cfg.recompute, cfg.keep_attention
     load_nothing(dit, getattr(torch, cfg.dtype), device)
     hold(dit, cfg.base_storage, device)
     return dit.train()
@@ -201,15 +201,24 @@ def rehearse(cfg: Settings, layout: Layout, task: Task, layers: int) -> Cost:
 
 
 def count(cfg: Settings, layout: Layout, task: Task, layers: int) -> Cost:
-    """Of many blocks: what two depths need, continued. Exact, since later blocks repeat the earlier ones."""
-    period = max(1, cfg.recompute_every)
-    few = layers % period + max(2, period)  # the first block is not like the others: its input may be frozen
-    if few + period >= layers:
-        return rehearse(cfg, layout, task, layers)
-    a, b = (rehearse(cfg, layout, task, n) for n in (few, few + period))
-    times = (layers - few) // period
-    kept, peak = (x + times * (y - x) for x, y in zip(a[:2], b[:2], strict=True))
-    return Cost(kept, peak, Counter({key: n + times * (b.flops[key] - n) for key, n in a.flops.items()}))
+    """Of many blocks: what a few need, and one more of each kind, continued. Exact: blocks are alike."""
+
+    def cost(again: int, once: int) -> Cost:
+        then = replace(cfg, recompute=again / (again + once))
+        return rehearse(then, layout, task, again + once)
+
+    again = round(cfg.recompute * layers)  # blocks that run twice
+    # Two of a kind: the first block of all is not like the others, since its input may be frozen.
+    few = min(again, 2), min(layers - again, 2)
+    base = cost(*few)
+    kept, peak, flops = base.kept, base.peak, Counter(base.flops)
+    for more, times in (((1, 0), again - few[0]), ((0, 1), layers - again - few[1])):
+        if times:
+            deeper = cost(few[0] + more[0], few[1] + more[1])
+            kept += times * (deeper.kept - base.kept)
+            peak += times * (deeper.peak - base.peak)
+            flops.update({key: times * (n - base.flops[key]) for key, n in deeper.flops.items()})
+    return Cost(kept, peak, flops)
 
 
 class EncoderCost(NamedTuple):

@@ -103,8 +103,8 @@ def predict(
 
 def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
     """(what to change, settings then, processes then), first of all nothing."""
-    changes = [{"recompute_every": n} for n in (1, 2, 0) if n != cfg.recompute_every]
-    changes += [{"keep_attention": True}] * (cfg.recompute_every > 0 and not cfg.keep_attention)
+    changes = [{"recompute": share} for share in (1.0, 0.5, 0.0) if share != cfg.recompute]
+    changes += [{"keep_attention": True}] * (cfg.recompute > 0 and not cfg.keep_attention)
     batch = {"identity_batch": cfg.identity_batch, "motion_batch": cfg.motion_batch}
     if halves := {field: n // 2 for field, n in batch.items() if n > 1}:
         changes.append(halves | {"accumulate": 2 * cfg.accumulate})
