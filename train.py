@@ -547,7 +547,7 @@ def main() -> int | None:
         with torch.device("meta"):  # tried on a model that has shapes and no numbers
             attach(trial := layout.parts["dit"].build(), cfg.adapter, cfg)
         refuse_other_lora(trial, cfg)
-    newest, state = saves.newest_whole(out, say) if cfg.resume else (None, {"step": 0})
+    newest, state = saves.newest_whole(out, say, parallel.from_first) if cfg.resume else (None, {"step": 0})
     first = state["step"]
     if first > cfg.steps or (first == cfg.steps and not (cfg.val_pairs or cfg.sample_every)):
         raise ValueError(f"--steps {cfg.steps}: {newest} is as far as that or farther; give more to go on")
@@ -597,8 +597,8 @@ def main() -> int | None:
     # 4. Where the run stands. Draws have no state: the step, and the samples seen so far, are all of it.
     seen, history = state.get("samples", dict.fromkeys(TASKS, 0)), []
     if newest:
-        parallel.load_optimizer(dit, optimizer, state["optimizer"])
-        surgery.restore(state["past"])
+        parallel.load_optimizer(dit, optimizer, state.pop("optimizer"))  # 4 GB that each rank would keep
+        surgery.restore(state.pop("past"))
         if rank == 0:
             for name, every in (("probes", cfg.probe_every), ("validation", cfg.val_every)):
                 saves.cut_back(out / f"{name}.jsonl", first + (not is_due(first, every, cfg)))

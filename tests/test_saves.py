@@ -1,5 +1,6 @@
 """The folder of a run: saves that are whole, in their order, under the umask, on a disk that is full."""
 
+import errno
 import json
 import os
 
@@ -48,6 +49,31 @@ def test_as_many_stay_as_were_asked_for_and_zero_is_all(tmp_path, keep, left):
         assert save(tmp_path, step, keep).is_dir()
     assert steps(tmp_path) == left
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_old_save_that_somebody_reads_on_a_network_disk_ends_nothing(tmp_path, monkeypatch):
+    """There a deleted file that is open stays in its folder under another name."""
+    save(tmp_path, 1, keep=1)
+    remove = os.rmdir
+
+    def in_use(path, **place):
+        if ".old.tmp" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, **place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", in_use)
+        save(tmp_path, 2, keep=1)
+        save(tmp_path, 3, keep=1)
+    save(tmp_path, 4, keep=1)
+    assert steps(tmp_path) == [4] and not list(tmp_path.glob(".step-*"))
+
+
+def test_ranks_that_see_another_newest_save_do_not_train_together(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    with pytest.raises(OSError, match="one process reads step-000002, the first one step-000001"):
+        saves.newest_whole(tmp_path, QUIET.append, lambda name: "step-000001")
 
 
 def test_a_save_that_goes_back_behind_a_damaged_one_is_not_deleted_for_it(tmp_path):

@@ -8,7 +8,7 @@ or not at all; one that is damaged all the same is removed, and its entries are 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -131,15 +131,16 @@ class Cache:
     def text_name(self, prompt: str) -> str:
         return digest("text", self.text_key, prompt)
 
-    def names(self, rows: Rows, row: Row) -> dict[str, str]:
-        """{field of an item: name of its entry}."""
+    def names(self, rows: Rows, row: Row, hashed: Mapping[Path, str] | None = None) -> dict[str, str]:
+        """{field of an item: name of its entry}. hashed: of its files, if they have just been looked at."""
+        hash_of = self.hashes if hashed is None else hashed.__getitem__
         if isinstance(rows, Pairs):
             made_of = {"ref": [row.files[0]], "target": [row.files[1]]}
         else:
             length = row.files[0], rows.frames, rows.fps
             made_of = {"clip": length, "frames": [*length, self.frames]}
         return {
-            field: digest(self.video_key, rows.size, *how, self.hashes(file))
+            field: digest(self.video_key, rows.size, *how, hash_of(file))
             for field, (file, *how) in made_of.items()
         }
 
@@ -154,13 +155,18 @@ class Cache:
         from_first gives all of them the first one's value.
         OSError if something is missing and the folder cannot be written; else it need not be.
         """
-        self.hashes.learn({file for rows in sources for row in rows.rows for file in row.files})
+        files, hashed = {file for rows in sources for row in rows.rows for file in row.files}, {}
+        for turn in (rank == 0, rank > 0):  # the first reads them all, the others look at what it has learned
+            if turn:
+                self.hashes.recall()
+                hashed = self.hashes.learn(files)
+            wait()
         # All ranks cut the same list, whatever another run has written between their looks into the folder.
         there = from_first(set(self.shards.where))
         entries, jobs = set(), []
         for rows in sources:
             for index, row in enumerate(rows.rows):
-                fields = {f: name for f, name in self.names(rows, row).items() if name not in entries}
+                fields = {f: name for f, name in self.names(rows, row, hashed).items() if name not in entries}
                 entries |= set(fields.values())
                 if missing := {f: name for f, name in fields.items() if name not in there}:
                     jobs.append(Job(rows, index, missing))
@@ -186,9 +192,19 @@ class Cache:
             finally:
                 self.shards.flush()
             wait()
-        if not entries | texts.keys() <= self.shards.where.keys():  # others have written the rest
-            self.shards.refresh()
+        self._see(entries | texts.keys())
         return said
+
+    def _see(self, wanted: set[str]) -> None:
+        """Find what others have written: the list of a folder on a network disk may be a minute old."""
+        for pause in (0, 1, 10, 60):
+            if not wanted <= self.shards.where.keys():
+                time.sleep(pause)
+                self.shards.refresh()
+        if missing := len(wanted - self.shards.where.keys()):
+            raise OSError(
+                f"{self.shards.folder}: {missing} entries that others wrote are not seen; start again"
+            )
 
     def _encode(self, jobs: list[Job], encode: Callable[[Tensor], Tensor], rank: int) -> None:
         items = zip(jobs, decoded(jobs), strict=True)
@@ -244,5 +260,6 @@ class Cached(Rows):
         names = self.cache.names(self.source, row)
         if any(name not in self.cache.shards for name in names.values()):
             raise ValueError("its files have changed since the cache was filled; start again")
-        latents = {field: self.cache.shards[name] for field, name in names.items()}
-        return {**latents, "prompt": self.prompt(row)}
+        latents, prompt = {field: self.cache.shards[name] for field, name in names.items()}, self.prompt(row)
+        self.cache.text([prompt])  # so that training, which reads it again, need not wait for the disk
+        return {**latents, "prompt": prompt}

@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 import re
+import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+T, R = TypeVar("T"), TypeVar("R")
 RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even that of FAT
 LARGEST_HEADER = 100_000_000  # bytes that a safetensors file may have
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -55,7 +57,7 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
     On a full disk, say, the old file stays, nothing else is left behind, and the OSError names the path.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         write(temporary)
         if durable:
@@ -152,12 +154,16 @@ class Hashes:
 
     def __init__(self, memory: Path):
         self.memory, self.known, self.fresh, self.problem = memory, {}, set(), ""
+        self.recall()
+
+    def recall(self) -> None:
+        """Read what another process may have learned."""
         try:
-            known = parse_json(memory.read_bytes())
+            known = parse_json(self.memory.read_bytes())
         except (OSError, ValueError):  # none yet, or damaged: only time is lost
             return
         if isinstance(known, dict):
-            self.known = {key: entry for key, entry in known.items() if isinstance(entry, list)}
+            self.known |= {key: entry for key, entry in known.items() if isinstance(entry, list)}
 
     def __call__(self, path: Path) -> str:
         stat = path.stat()
@@ -172,16 +178,24 @@ class Hashes:
             self.changed = True
         return self.known[key][-1]
 
-    def learn(self, paths: Iterable[Path]) -> None:
+    def learn(self, paths: Collection[Path]) -> dict[Path, str]:
         """Hash files in parallel, and remember what is new. If that cannot be written, `problem` says so."""
         self.changed = False
         with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
-            list(pool.map(self, paths))
+            found = dict(zip(paths, pool.map(self, paths), strict=True))
         if not self.changed:
-            return
+            return found
         # One just written could be written once more within the same tick of the clock.
         lasting = {key: entry for key, entry in self.known.items() if key not in self.fresh}
         try:
             write_text(self.memory, json.dumps(lasting))
         except OSError as error:  # only time is lost
             self.problem = str(error)
+        return found
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], size: int = 256) -> Iterator[R]:
+    """work of each item, in order, by many threads: a look at a file of a network disk is mostly waiting."""
+    with ThreadPoolExecutor() as pool:
+        for some in pool.map(lambda i: list(map(work, items[i : i + size])), range(0, len(items), size)):
+            yield from some

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sdv.data import media
 from sdv.data.captions import clean_caption, to_utf8
-from sdv.data.files import digest, parse_json
+from sdv.data.files import digest, in_threads, parse_json
 from sdv.data.pixels import from_uint8, resize
 from sdv.seeds import generator
 
@@ -62,12 +62,19 @@ def scan_rows(folder: str | Path, fields: tuple[str, ...]) -> tuple[list[Row], l
     if not readers:
         raise ValueError(f"{folder}: holds no rows; give it a metadata.jsonl with {wanted}")
     rows, problems = [], []
-    for read in readers:
-        try:
-            rows.append(read())
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
+    for row, problem in in_threads(_attempt, readers):
+        if row is None:
+            problems.append(problem)
+        else:
+            rows.append(row)
     return rows, problems
+
+
+def _attempt(read: Callable[[], Row]) -> tuple[Row | None, str]:
+    try:
+        return read(), ""
+    except (ValueError, OSError) as error:
+        return None, str(error)
 
 
 def left_out(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from sdv.data.files import content_hash
+from sdv.data.files import content_hash, in_threads
 from sdv.data.rows import Rows
 from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss, draws_of
 from sdv.run.log import summary
@@ -48,8 +48,9 @@ def halves(rows: Rows, batches: int, size: int) -> Iterator[dict]:
 def check_unseen(held_out: Iterable[Rows], trained: Iterable[Rows]) -> None:
     """ValueError if a file of the probe is also trained on, under whatever name: by links, or as a copy."""
     seen, hashed = defaultdict(set), cache(content_hash)
-    for file in {file for rows in trained for row in rows.rows for file in row.files}:
-        seen[file.stat().st_size].add(file)
+    files = list({file for rows in trained for row in rows.rows for file in row.files})
+    for file, size in zip(files, in_threads(lambda file: file.stat().st_size, files), strict=True):
+        seen[size].add(file)
     for file in {file for rows in held_out for row in rows.rows for file in row.files}:
         for other in seen.get(file.stat().st_size, ()):  # only files of one size are read
             if hashed(file) == hashed(other):

@@ -30,8 +30,8 @@ def write_save(out: Path, step: int, write_adapter: Callable[[Path], None], stat
     names the path.
     """
     final, temporary = out / f"step-{step:06d}", out / f".step-{step:06d}.tmp"
-    for left in out.glob(".step-*.tmp"):  # by a process that was killed
-        shutil.rmtree(left)
+    for left in out.glob(".step-*.tmp"):  # by a process that was killed, or was still read when it went
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         write_adapter(temporary / "adapter.safetensors")
@@ -55,22 +55,33 @@ def _write_state(state: dict, path: Path) -> None:
 
 
 def _discard(save: Path) -> None:
-    """Delete a folder so that no part of it is ever seen under its name."""
+    """Delete a folder so that no part of it is ever seen under its name.
+
+    On a network disk a file that somebody reads stays under another name, and its folder until the next save.
+    """
     gone = save.with_name(f".{save.name}.old.tmp")
     save.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
-def newest_whole(out: Path, log: Callable[[str], None]) -> tuple[Path, dict]:
-    """The newest save that can be read, and its training state; says which ones had to be passed over."""
+def newest_whole(
+    out: Path, log: Callable[[str], None], from_first: Callable[[str], str] = lambda name: name
+) -> tuple[Path, dict]:
+    """The newest save that can be read, and its training state; says which ones had to be passed over.
+
+    from_first gives all ranks the first one's choice: OSError for a rank that sees another one.
+    """
     for folder in reversed(saves(out)):
         try:
             with safe_open(folder / "adapter.safetensors", "pt"):
                 state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-            return folder, state
         except Exception as error:  # a damaged pickle fails in any way
             reason = (str(error) or type(error).__name__).splitlines()[0]
             log(f"{folder}: damaged ({reason}); going back to the save before it")
+            continue
+        if (first := from_first(folder.name)) != folder.name:
+            raise OSError(f"{out}: one process reads {folder.name}, the first one {first}; start again")
+        return folder, state
     raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
 
 
