@@ -177,8 +177,7 @@ def learn_newest_taps(vae: VideoVAE) -> None:
     """Leave a convolution's other two taps at zero, where prepare puts them, by giving them no gradient.
 
     The finished VAE codes every frame of a clip by itself, but for its norms. Called when the parameters
-    have their type.
-    After a start of zeros a picture meets the newest tap only.
+    have their type. After a start of zeros a picture meets the newest tap only.
     """
     for conv in causal_convs(vae):
         if not conv.zero_start:
