@@ -395,6 +395,6 @@ def test_latents_are_written_before_all_are_there(monkeypatch, tiny, tmp_path):
     run(
         monkeypatch,
         train,
-        {"--backbone": tiny, **RUN, "--cache": tmp_path / "cache", "--out": tmp_path / "run"},
+        {"--backbone": tiny, "--steps": 1, **RUN, "--cache": tmp_path / "cache", "--out": tmp_path / "run"},
     )
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) > 10
