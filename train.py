@@ -339,8 +339,9 @@ def open_rows(cfg: Config, say: Callable[[str], None]) -> tuple[dict[str, Rows],
         unseen["motion"] = Clips(cfg.val_clips, cfg.frames, cfg.fps, *sides)
         held_out.check_unseen(unseen.values(), data.values())
         for task, rows in unseen.items():
-            there, places = min(map(len, held_out.two_halves(rows))), getattr(cfg, f"{task}_batch")
-            if there < (places := places * cfg.val_batches):
+            there = min(map(len, held_out.two_halves(rows)))
+            places = getattr(cfg, f"{task}_batch") * cfg.val_batches
+            if there < places:
                 say(f"held out, {task}: a half has {there} rows for {places}: intervals will be too narrow")
     for rows in (*data.values(), *unseen.values()):
         rows.verify(cfg.verify)

@@ -155,11 +155,11 @@ class Cache:
         from_first gives all of them the first one's value.
         OSError if something is missing and the folder cannot be written; else it need not be.
         """
-        files, hashed = {file for rows in sources for row in rows.rows for file in row.files}, {}
-        for turn in (rank == 0, rank > 0):  # the first reads them all, the others look at what it has learned
-            if turn:
-                self.hashes.recall()
-                hashed = self.hashes.learn(files)
+        if rank > 0:  # the first reads all files, the others look at what it has learned
+            wait()
+            self.hashes.recall()
+        hashed = self.hashes.learn({file for rows in sources for row in rows.rows for file in row.files})
+        if rank == 0:
             wait()
         # All ranks cut the same list, whatever another run has written between their looks into the folder.
         there = from_first(set(self.shards.where))
