@@ -1,6 +1,7 @@
 """The plan beside real steps: torch's CPU allocator, its saved-tensor hooks and its FLOP counter."""
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -101,9 +102,14 @@ def allocated(work: Callable[[], object]) -> tuple[int, int]:
     """Bytes that torch's allocator gave out for what work returns, and most at once meanwhile.
 
     What a matrix product of the CPU takes for itself, and gives back before it is done, is left out.
+    Python's collector waits meanwhile: tensors of earlier tests, freed by it, would count as given back.
     """
-    with profile(profile_memory=True) as profiler:
-        _alive = work()
+    gc.disable()
+    try:
+        with profile(profile_memory=True) as profiler:
+            _alive = work()
+    finally:
+        gc.enable()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     products = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in PRODUCTS]
     memory = [e for e in events if e.name() == "[memory]"]
