@@ -124,14 +124,13 @@ class Training:
     surgery: Surgery
     row_counts: dict[str, int]  # of each task
     seen: dict[str, int]  # of each task, samples so far, of all processes
-    stop_if_asked: Callable[[], None] = lambda: None  # raises Stopped after a SIGTERM
+    stop_if_asked: Callable[..., None] = lambda: None  # raises Stopped after a signal
 
 
 def train_step(step: int, run: Training, cfg: "Config") -> tuple[dict[str, list[Losses]], Tensor]:
     """One turn of algorithm 1's loop: each task's losses, and the norm of the gradient."""
     losses = {}
     for micro in range(cfg.accumulate * (2 if cfg.pcgrad == "exact" else 1)):
-        run.stop_if_asked()
         task = draw_task(step, micro, cfg)
         batch, draws = next(run.feeds[task]), next_draws(task, step, micro, run.seen, cfg)
         pair = PAIR_OF[task](batch, run.enc, cfg, draws)
@@ -479,18 +478,31 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
             write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)
 
 
+def asking(feed: Iterator[dict], stop_if_asked: Callable[..., None]) -> Iterator[dict]:
+    """A task's batches. Before each, all processes stop if one was asked to, or cannot read its own."""
+    while True:
+        try:
+            batch, problem = next(feed), None
+        except (ValueError, OSError, RuntimeError) as error:  # a bad file, or a worker that is gone
+            batch, problem = None, error
+        stop_if_asked(problem)
+        yield batch
+
+
 def train(
     first: int, run: Training, looks: Looks, history: list[dict], cfg: Config, say: Callable[[str], None]
 ) -> int:
-    """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a SIGTERM.
+    """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a signal.
 
-    A step or look that a SIGTERM interrupts is given up: the grace that follows is for the save.
+    A step or look that a signal interrupts is given up: the grace that follows is for the save. Batches that
+    cannot be read end it too: their error comes after the save.
     """
-    reached, saved, seen, (rank, _) = first, first, dict(run.seen), parallel.ranks()
+    reached, saved, seen, problem, (rank, _) = first, first, dict(run.seen), None, parallel.ranks()
     hidden = rank > 0 or None  # None: unless a terminal shows it, since a log file has a line for each step
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=hidden)
     tell = bar.write if rank == 0 else say
-    with parallel.sigterm_noted(cfg.device) as run.stop_if_asked, bar:
+    with parallel.signals_noted(cfg.device) as run.stop_if_asked, bar:
+        run.feeds = {task: asking(feed, run.stop_if_asked) for task, feed in run.feeds.items()}
         try:
             for step in bar:
                 run.stop_if_asked()
@@ -508,11 +520,15 @@ def train(
                     history.append(row)
                 tell(log.log_line(history, cfg.steps))
                 reached, seen = step + 1, dict(run.seen)
-        except parallel.Stopped:
+        except parallel.Stopped as stop:
             run.seen = seen  # the samples of a step that was not finished come again
+            problem = stop.__cause__
         if reached > saved:
             save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
     run.stop_if_asked = lambda: None
+    if problem:
+        tell(f"stopped after step {reached}: put a good file in the place of a bad one, and --resume goes on")
+        raise problem
     return reached
 
 
@@ -621,10 +637,10 @@ def main() -> int | None:
 
     # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.
     if reached == 0 < cfg.steps:
-        say("stopped by SIGTERM before the first step was done: nothing is saved; begin without --resume")
+        say("stopped by a signal before the first step was done: nothing is saved; begin without --resume")
         return 1
     if reached < cfg.steps:
-        return say(f"stopped by SIGTERM after step {reached}; --resume goes on from there")
+        return say(f"stopped by a signal after step {reached}; --resume goes on from there")
     look(reached, looks, training, cfg, say)
     if rank == 0:  # the others may not see its files yet
         if losses and cfg.probe_every:

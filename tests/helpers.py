@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import sample
 import train
 import weights.cogvideox
 import weights.wan
-from sdv.data.rows import Clips, Pairs
+from sdv.data.rows import PAIR, Clips, Pairs, Row, read_rows
 from sdv.diagnostics import probe
 from sdv.lora import add_lora, lora_parameters
 from sdv.models.cogvideox_dit import CogVideoXDiT
@@ -59,6 +60,18 @@ TINY_DIT = {
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def four_pairs(folder: Path) -> list[Row]:
+    """Four pairs of the repository's pictures, each of two files of its own."""
+    folder.mkdir()
+    for i, picture in enumerate(("fig_tree.jpg", "lawn.jpg") * 2):
+        names = {"reference_file_name": f"{i}_ref.jpg", "target_file_name": f"{i}_target.jpg"}
+        for name in names.values():
+            shutil.copy(MEDIA / "pairs" / picture, folder / name)
+        with open(folder / "metadata.jsonl", "a") as file:
+            file.write(json.dumps(names | {"prompt": f"picture {i}"}) + "\n")
+    return read_rows(folder, PAIR)
 
 
 # Oracles

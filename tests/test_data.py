@@ -383,7 +383,9 @@ run(main)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     assert "\nA process that decodes was ended: give fewer --workers" in done.stderr, done.stderr
-    busy = script.replace("        next(feed)\n\nrun", "        sum(range(10**6))\n\nrun")
+    busy = script.replace(
+        "        next(feed)\n\nrun", "        sum(range(10**5))\n    [*zip(range(99), feed)]\n\nrun"
+    )
     done = subprocess.run([sys.executable, "-c", busy], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "give fewer" in done.stderr
     crash = script.replace("        next(feed)\n\nrun", "        raise KeyError\n\nrun")

@@ -7,10 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 
-from helpers import CALM, MEDIA, ROOT, RUN, argv, assert_close, assert_same, losses
+from helpers import (
+    CALM,
+    MEDIA,
+    ROOT,
+    RUN,
+    argv,
+    assert_close,
+    assert_same,
+    four_pairs,
+    losses,
+)
+from sdv.data.loader import locate
+from sdv.run import parallel
 
 ALONE = {"OMP_NUM_THREADS": "1"}
 STEPS = 6
@@ -82,8 +95,32 @@ def test_sharded_processes_film_with_and_without_a_reference(tiny, tmp_path):
     assert {film.name for film in (tmp_path / "run/samples").iterdir()} == names
 
 
-def test_sigterm_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path):
-    """As `timeout` and systemd send it: to the workers that decode too, and once more while it saves."""
+def test_signals_are_noted_and_a_second_ctrl_c_ends_at_once():
+    def others(number: int, frame: object) -> None:
+        pass
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        before = signal.signal(number, others)
+        with parallel.signals_noted("cpu") as stop_if_asked:
+            stop_if_asked()
+            os.kill(os.getpid(), number)
+            with pytest.raises(parallel.Stopped):
+                stop_if_asked()
+            with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else nullcontext():
+                os.kill(os.getpid(), number)
+        assert signal.signal(number, signal.SIG_IGN) is others
+        with parallel.signals_noted("cpu") as stop_if_asked:  # as nohup wants it
+            os.kill(os.getpid(), number)
+            stop_if_asked()
+            with pytest.raises(parallel.Stopped) as stopped:
+                stop_if_asked(problem := OSError("a file"))
+        assert stopped.value.__cause__ is problem
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path, number):
+    """As a terminal, `timeout` and systemd send it: to the workers too, the last two also while it saves."""
     out = tmp_path / "run"
     same = {"identity_batch": 4, "motion_batch": 2, "workers": 2}
     process = subprocess.Popen(
@@ -91,11 +128,11 @@ def test_sigterm_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path)
     )
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     while process.poll() is None and not list(out.glob(".step-*")):
         time.sleep(0.001)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
+    if process.poll() is None and number == signal.SIGTERM:
+        os.killpg(process.pid, number)
     assert process.wait(60) == 0
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
@@ -104,6 +141,19 @@ def test_sigterm_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path)
     train(tiny, out, flags=["--resume"], **same)
     assert_same(out, alone, STEPS)
     assert losses(out) == losses(alone)
+
+
+def test_a_file_that_one_process_cannot_read_costs_no_step(tiny, tmp_path):
+    pairs, out = tmp_path / "pairs", tmp_path / "run"
+    rows = four_pairs(pairs)
+    broken = rows[locate(0, 3, len(rows))[1]].files[1]  # of the second step, and the second process
+    broken.write_bytes(broken.read_bytes()[:2000])
+    options = {"pairs": pairs, "p_video": 0, "identity_batch": 1, "verify": 0}
+    done = subprocess.run(
+        command(tiny, out, 2, **options), cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True
+    )
+    assert done.returncode and broken.name in done.stderr
+    assert [save.name for save in out.glob("step-*")] == ["step-000001"]
 
 
 def test_a_torn_save_falls_back_to_the_one_before(tiny, alone, tmp_path):

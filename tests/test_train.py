@@ -16,8 +16,20 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 import weights
-from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, fixed_losses, losses, run
+from helpers import (
+    MEDIA,
+    ROOT,
+    RUN,
+    SIZE,
+    argv,
+    assert_same,
+    fixed_losses,
+    four_pairs,
+    losses,
+    run,
+)
 from sdv import seeds
+from sdv.data.loader import locate
 from sdv.objectives import draws_of
 from sdv.run import held_out, parallel
 from sdv.run import saves as runs
@@ -406,7 +418,7 @@ def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatc
 
     @contextmanager
     def noted(device):
-        def stop_if_asked():
+        def stop_if_asked(problem=None):
             calls.append(device)
             if len(calls) == moment:
                 raise parallel.Stopped
@@ -414,7 +426,7 @@ def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatc
         yield stop_if_asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "sigterm_noted", noted)
+        patch.setattr(parallel, "signals_noted", noted)
         if moment <= 3:
             patch.setattr(sys, "argv", ["train.py", *argv(same | {"--out": tmp_path / "none", "--steps": 4})])
             assert train.main() == 1 and not written
@@ -424,6 +436,26 @@ def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatc
     run(monkeypatch, train, same | {"--out": tmp_path / "stopped", "--steps": 4, "--resume": ""})
     assert_same(tmp_path / "whole", tmp_path / "stopped", 4)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_costs_no_step(monkeypatch, tiny, tmp_path, capsys, workers):
+    """The run saves before it ends, and with the file in its place again it is the run without a fault."""
+    rows = four_pairs(tmp_path / "pairs")
+    same = {"--backbone": tiny, **RUN, "--pairs": tmp_path / "pairs", "--p-video": 0, "--identity-batch": 1}
+    same |= {"--steps": 4, "--workers": workers}
+    run(monkeypatch, train, same | {"--out": tmp_path / "whole"})
+    broken = rows[locate(0, 2, len(rows))[1]].files[1]  # the third step's target
+    good = broken.read_bytes()
+    broken.write_bytes(good[:2000])
+    with pytest.raises(ValueError, match=broken.name):
+        run(monkeypatch, train, same | {"--out": tmp_path / "run", "--verify": 0})
+    assert "stopped after step 2: put a good file in the place of" in capsys.readouterr().out
+    assert [save.name for save in runs.saves(tmp_path / "run")] == ["step-000002"]
+    broken.write_bytes(good)
+    run(monkeypatch, train, same | {"--out": tmp_path / "run", "--resume": ""})
+    assert_same(tmp_path / "whole", tmp_path / "run", 4)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
 
 
 def test_a_run_that_goes_on_has_its_rows_and_the_folder_for_itself(monkeypatch, tiny, tmp_path):

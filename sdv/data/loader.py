@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from sdv.data.rows import Rows, to_float
 from sdv.seeds import ORDER, VIEW, generator
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler's, Ctrl-C, a terminal that was closed
+
 
 def batches(
     dataset: Rows,
@@ -40,20 +42,23 @@ def batches(
         batch_sampler=slices,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # else torch's own generator moves on, and a resume would not be exact
     )
-    return _ready_batches(iter(loader), device)  # its processes begin to decode now
+    collated = iter(loader)  # its processes begin to decode now
+    # Torch's handler would raise in the middle of anything if one of them ends; `next` finds that as well.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return _ready_batches(collated, device)
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """A SIGTERM to all processes of a run is for the trainer: it needs its workers until it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """What ends all processes of a run is for the trainer: it needs its workers until it has saved."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
     """At exit, also after an error, multiprocessing would send them a SIGTERM and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of each that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from sdv.data.loader import ENDING
+
 T = TypeVar("T")
 # How long a rank waits for the others: one may have more to encode for the cache, or to film.
 PATIENCE = timedelta(hours=1)
@@ -67,26 +69,35 @@ def gather(x: Tensor) -> Tensor:
 
 
 class Stopped(Exception):
-    """A SIGTERM has come: what is not finished is to be left."""
+    """A signal has come, or a rank cannot go on (its __cause__): what is not finished is to be left."""
 
 
 @contextmanager
-def sigterm_noted(device: str) -> Iterator[Callable[[], None]]:
-    """In it SIGTERM ends nothing: the function that it gives raises Stopped once any rank has got one.
+def signals_noted(device: str) -> Iterator[Callable[..., None]]:
+    """In it no signal ends anything: the function that it gives raises Stopped once any rank has got one.
 
-    All ranks have to call it equally often.
+    It does so as well if any rank gives it a problem, an exception. All ranks have to call it equally often.
+    A second Ctrl-C ends a process at once if it is alone (torchrun sends one of its own after the first).
     """
     got = []
 
-    def stop_if_asked() -> None:
-        if gather(torch.tensor([bool(got)], device=device)).any() if ranks()[1] > 1 else got:
-            raise Stopped
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in got and ranks()[1] == 1:
+            raise KeyboardInterrupt
+        got.append(number)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: got.append(True))
+    def stop_if_asked(problem: Exception | None = None) -> None:
+        stop = bool(got or problem)
+        if gather(torch.tensor([stop], device=device)).any() if ranks()[1] > 1 else stop:
+            raise Stopped from problem
+
+    heeded = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield stop_if_asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def from_first(value: T) -> T:
