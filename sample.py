@@ -25,6 +25,7 @@ import weights
 from sdv.data.captions import clean_caption, say_cut
 from sdv.data.files import make_folder, write_whole
 from sdv.data.media import fit, read_image, write_video
+from sdv.data.pixels import say_crop
 from sdv.data.sizes import with_model_defaults
 from sdv.lora import merge, require_mergeable
 from sdv.run import settings
@@ -184,11 +185,12 @@ def main() -> None:
     settings.check_device(cfg.device)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
-    pictures = {
-        ref: fit(read_image(ref), cfg.height, cfg.width, cfg.ref_fit)
-        for ref in dict.fromkeys(shot.ref for shot in shots)
-        if ref
-    }
+    pictures = {}
+    for ref in dict.fromkeys(shot.ref for shot in shots if shot.ref):
+        picture = read_image(ref)
+        if cfg.ref_fit == "crop" and (said := say_crop(*picture.shape[1:], cfg.height, cfg.width)):
+            print(f"{ref}: {said}; --ref-fit pad shows all of it")
+        pictures[ref] = fit(picture, cfg.height, cfg.width, cfg.ref_fit)
     if cfg.adapter:
         with torch.device("meta"):
             dit = layout.parts["dit"].build()

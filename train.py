@@ -31,9 +31,10 @@ import weights
 from sdv import diagnostics, objectives
 from sdv.data.cache import Cache, Cached, Networks
 from sdv.data.captions import say_cut
+from sdv.data.files import digest, sampled_hash
 from sdv.data.loader import batches
 from sdv.data.media import fit, read_image, write_video
-from sdv.data.rows import Clips, Pairs, Rows
+from sdv.data.rows import Clips, Pairs, Rows, left_out
 from sdv.data.sizes import with_model_defaults
 from sdv.lora import acts_on, adapt, lora_modules, lora_parameters
 from sdv.models.positions import place_reference
@@ -254,11 +255,12 @@ RENAMED = {"frozen": "base_storage"}  # still read in this version
 FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "recompute", "save_every"}
 FREE |= {"keep_attention", "keep", "shard", "plan", "tensorboard"}
 FREE |= {"identity_batch", "motion_batch", "accumulate"}  # together they stay the same, see below
+FREE |= {"backbone", "pairs", "clips", "adapter"}  # known by their content, so that they may move
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
 
 
 def kept_settings(cfg: Config, world: int) -> dict:
-    """What all parts of a run have in common: the batch of a step, however cut, and what is not FREE."""
+    """What all parts of a run have in common beside model and data: a step's batch, and what is not FREE."""
     kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
     cut = {"identity": cfg.identity_batch, "motion": cfg.motion_batch, "accumulate": cfg.accumulate * world}
     kept["batch"] = {task: cut[task] * cut["accumulate"] for task in TASKS}
@@ -267,6 +269,7 @@ def kept_settings(cfg: Config, world: int) -> dict:
     kept["cut"], kept["processes"] = (cut, world) if micro else (None, None)
     # A cache may hold only some frames of a clip, and a reference from it is moved by cells of a latent.
     kept["cached"] = bool(cfg.cache) if cfg.cache_frames or cfg.ref_shift else None
+    kept["begun_from"] = Path(cfg.adapter).name
     return kept
 
 
@@ -342,8 +345,14 @@ def open_rows(cfg: Config, say: Callable[[str], None]) -> tuple[dict[str, Rows],
             places = getattr(cfg, f"{task}_batch") * cfg.val_batches
             if there < places:
                 say(f"held out, {task}: a half has {there} rows for {places}: intervals will be too narrow")
-    for rows in (*data.values(), *unseen.values()):
-        rows.verify(cfg.verify)
+    for name, rows in (*data.items(), *(("held out, " + task, rows) for task, rows in unseen.items())):
+        odd = rows.verify(cfg.verify)
+        say(f"{name}: {len(rows):,} rows of {rows.folder}" + (odd and f"; {odd}"))
+        if isinstance(rows, Clips) and (others := left_out(rows.folder, rows.rows)):
+            say(
+                f"  left out of it: {', '.join(others[:5])}"
+                + (len(others) > 5) * f" and {len(others) - 5} more"
+            )
     return data, unseen
 
 
@@ -556,9 +565,10 @@ def main() -> int | None:
         or "captions: none is longer than the text encoder reads"
     )
     out, dtype, kept = Path(cfg.out), getattr(torch, cfg.dtype), kept_settings(cfg, world)
-    kept["rows"] = {task: rows.summary() for task, rows in data.items()}
+    kept["data"] = {task: rows.summary() for task, rows in data.items()}
+    kept["model"] = parallel.from_first(rank == 0 and digest(*map(sampled_hash, weights.sources(layout))))
     if cfg.resume:  # a config.json of an older version lacks some of these: they count as the same
-        unknown = {name: kept[name] for name in ("cut", "processes", "cached", "rows")}
+        unknown = {name: kept[name] for name in ("cut", "processes", "cached", "begun_from", "data", "model")}
         saves.require_same(out, kept, dataclasses.asdict(Config()) | unknown, RENAMED)
     else:
         with torch.device("meta"):  # tried on a model that has shapes and no numbers

@@ -280,6 +280,16 @@ def test_keys_as_people_and_other_tools_have_them(stem, halves, alpha, format, t
     assert {"file": "from the file", "rank": "the rank, as always", "": "as asked"}[alpha] in line
 
 
+def test_an_adapter_that_changes_nothing_is_said_to(tmp_path):
+    file = tmp_path / "a.safetensors"
+    for b, alpha, nothing in ((1.0, 4.0, False), (0.0, 4.0, True), (1.0, 0.0, True)):
+        dit = build(WanDiT)
+        for module in add_lora(dit, 4, alpha, ("attn.q",)).values():
+            module.lora_B.data.fill_(b)
+        weights.save_adapter(dit, file)
+        assert ("update is zero" in weights.load_adapter(build(WanDiT), file)) == nothing
+
+
 @FAMILIES
 def test_a_released_file_without_alpha_converts_once_alpha_is_given(family, tmp_path, monkeypatch, capsys):
     dit, file = plain(family), tmp_path / "released.safetensors"

@@ -320,6 +320,38 @@ def test_check_names_every_bad_row(capsys, copy):
     assert code == 1 and "3 clips: 1 ok, 2 bad" in out
 
 
+@pytest.mark.parametrize(("fps", "repeats"), [(8, 0), (16, 0), (17, 1), (24, 5), (32, 8)])
+def test_a_clip_with_too_few_frames_a_second_is_said_to_stutter(ramps, capsys, fps, repeats):
+    """Every frame of its 16 a second is brighter than the one before; one of 17 may repeat."""
+    clips = Clips(ramps, 17, fps, 32, 48)
+    same = (clips[0]["clip"].diff(dim=1) == 0).flatten(2).all(2)[0].sum().item()
+    said = f"{repeats} of 17 frames repeat the one before: it has too few for {fps:g} a second"
+    assert same == repeats
+    many = repeats > 1
+    assert clips.verify(64) == (f"odd are 3 of 3 rows looked at; 0.mp4: {said}" if many else "")
+    code, out, _ = run(capsys, "check", ramps, "--fps", fps, "--height", 32, "--width", 48, "--frames", 17)
+    assert code == 0 and out.count("repeat the one before") == 3 * many
+    assert not many or f"ok   0.mp4: 48x32, 48 frames in 3.00 s, steady; {said}" in out
+
+
+def test_check_says_what_is_odd_and_what_is_left_out(capsys, copy):
+    media.write_image(copy / "tall.png", torch.zeros(3, 48, 16, dtype=torch.uint8))
+    names = {"reference_file_name": "0.png", "prompt": "a"}
+    write(copy, *(names | {"target_file_name": name} for name in ("0.png", "tall.png")))
+    code, out, _ = run(capsys, "check", copy, "--height", 32, "--width", 32)
+    assert code == 0 and "0.png 16x16, 0.png 16x16; reference and target are one file" in out
+    assert "0.png 16x16, tall.png 16x48; 33% of 16x48 is used\n" in out
+    assert "metadata.jsonl:1 0.png: reference and target" in Pairs(copy, 16, 16).verify(9)
+    code, out, _ = run(capsys, "check", copy, "--height", 48, "--width", 48)
+    assert "16x16 is enlarged 3.0 times" in out
+    clips = copy / "clips"
+    shutil.copytree(MEDIA / "clips", clips)
+    lines = (clips / "metadata.jsonl").read_text().splitlines()
+    (clips / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    _, out, _ = run(capsys, "check", clips, "--frames", 13)
+    assert f"left out: {json.loads(lines[0])['file_name']} (clips end with" in out
+
+
 def test_check_explains_what_it_cannot_do(capsys, tmp_path):
     for words, message in (
         ((tmp_path / "gone",), "no such folder"),
@@ -410,6 +442,8 @@ def test_workers_decode_before_the_first_batch_is_asked_for_and_their_own_errors
 def test_rows_are_known_by_their_captions_too(tmp_path):
     shutil.copytree(MEDIA / "pairs", tmp_path / "pairs")
     before, file = Pairs(tmp_path / "pairs", 16, 16).summary(), tmp_path / "pairs" / "metadata.jsonl"
+    shutil.copytree(tmp_path / "pairs", tmp_path / "elsewhere" / "pairs")
+    assert Pairs(tmp_path / "elsewhere" / "pairs", 16, 16).summary() == before
     file.write_text(file.read_text().replace('"prompt": "', '"prompt": "now '))
     assert Pairs(tmp_path / "pairs", 16, 16).summary() != before
 
@@ -417,7 +451,7 @@ def test_rows_are_known_by_their_captions_too(tmp_path):
 def test_rows_are_verified_from_the_first_to_the_last(monkeypatch):
     pairs, seen = Pairs(MEDIA / "pairs", 16, 16), []
     pairs.rows = pairs.rows * 25
-    monkeypatch.setattr(Pairs, "_problem", lambda self, index: seen.append(index))
+    monkeypatch.setattr(Pairs, "_look", lambda self, index: (seen.append(index) or "", ""))
     pairs.verify(10)
     assert sorted(seen) == list(range(0, 100, 10))
 

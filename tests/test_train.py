@@ -465,7 +465,7 @@ def test_a_run_that_goes_on_has_its_rows_and_the_folder_for_itself(monkeypatch, 
     metadata = tmp_path / "pairs" / "metadata.jsonl"
     rows = metadata.read_text()
     metadata.write_text(rows.rstrip("\n") + "\n" + rows.splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="keeps its settings and rows; changed: rows was .*--adapter"):
+    with pytest.raises(ValueError, match="keeps its settings and rows; changed: data was .*--adapter"):
         run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
     metadata.write_text(rows)
     hold = f"import time\nfrom sdv.data.files import lock\nheld = lock({str(tmp_path / 'run/.lock')!r}, '')"
@@ -477,6 +477,28 @@ def test_a_run_that_goes_on_has_its_rows_and_the_folder_for_itself(monkeypatch, 
             run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
         other.kill()
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+
+
+def test_a_run_goes_on_where_all_its_folders_were_moved(monkeypatch, tiny, tmp_path):
+    """As from one machine's scratch disk to another's; but not with another model."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for part in ("pairs", "clips"):
+        shutil.copytree(MEDIA / part, here / part)
+    shutil.copytree(tiny, here / "model")
+
+    def options(home, steps) -> dict:
+        folders = {"--backbone": home / "model", "--pairs": home / "pairs", "--clips": f"{home / 'clips'}/"}
+        return {**RUN, **folders, "--out": home / "run", "--steps": steps}
+
+    run(monkeypatch, train, options(here, 4) | {"--out": tmp_path / "whole"})
+    run(monkeypatch, train, options(here, 2))
+    here.rename(there)
+    run(monkeypatch, train, options(there, 4) | {"--resume": ""})
+    assert_same(tmp_path / "whole", there / "run", 4)
+    file = there / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="changed: model was"):
+        run(monkeypatch, train, options(there, 5) | {"--resume": ""})
 
 
 def test_the_last_look_of_a_run_that_is_extended_stays(monkeypatch, tiny, tmp_path):
@@ -518,11 +540,11 @@ def test_a_model_that_has_diverged_is_said_by_the_look_at_it(monkeypatch, tiny, 
 
 
 def test_a_run_of_an_earlier_version_goes_on(monkeypatch, tiny, tmp_path):
-    """Whose config.json lacks rows and cut, and has null where processes did not count."""
+    """Whose config.json lacks what later ones have, and has null where processes did not count."""
     options = {"--backbone": tiny, **RUN, "--lora-dropout": 0.2, "--out": tmp_path}
     run(monkeypatch, train, options | {"--steps": 1})
-    config = json.loads((tmp_path / "config.json").read_text())
-    old = {name: value for name, value in config.items() if name not in ("rows", "cut")} | {"processes": None}
+    config, new = json.loads((tmp_path / "config.json").read_text()), ("data", "model", "begun_from", "cut")
+    old = {name: value for name, value in config.items() if name not in new} | {"processes": None}
     (tmp_path / "config.json").write_text(json.dumps(old))
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
     assert (tmp_path / "step-000002").is_dir()

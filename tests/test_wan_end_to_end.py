@@ -228,13 +228,18 @@ def test_a_pickle_is_only_ever_read_as_tensors(original, capsys, damage, error, 
 
 
 # ------------------------------------------------------------------------------------- what is refused
-def test_scaled_fp8_and_single_files_are_refused_with_the_reason(tiny, tmp_path):
+def test_scaled_fp8_and_single_files_are_refused_with_the_reason(tiny, original, tmp_path):
     shutil.copytree(tiny, tmp_path / "fp8")
     file = tmp_path / "fp8" / "transformer" / wan.DIT_FILE
     tensors = load_file(file)
-    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, file)
-    with pytest.raises(ValueError, match="F8_E4M3.*scales.*bf16 or fp32"):
-        weights.load_backbone(tmp_path / "fp8", parts=("dit",), log=quiet)
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, file)
+        with pytest.raises(ValueError, match=f"{name}.*scales.*bf16 or fp32"):
+            weights.load_backbone(tmp_path / "fp8", parts=("dit",), log=quiet)
+    pickle = original / wan.VAE_PTH
+    torch.save({name: tensor.to(torch.int8) for name, tensor in torch.load(pickle).items()}, pickle)
+    with pytest.raises(ValueError, match="int8.*scales.*bf16 or fp32"):
+        weights.load_backbone(original, parts=("vae",), log=quiet)
     with pytest.raises(ValueError, match="single file.*fp8.*folder"):
         weights.open_backbone(file)
 

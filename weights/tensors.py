@@ -22,6 +22,8 @@ Names = dict[str, str | None]
 
 # What diffusers and transformers call the weights of a part.
 STEMS = ("diffusion_pytorch_model", "model")
+# Dtypes that weights are stored in, as the headers of safetensors and torch call them.
+WEIGHTS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
 
 class Report(NamedTuple):
@@ -54,11 +56,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.files = {path: _open(path) for path in shards(self.folder)}
         self.where = {name: file for file in self.files.values() for name in file.keys()}
-        if "F8" in self.dtypes():
-            raise ValueError(
-                f"{self.folder}: stored in 8 bits ({self.dtypes()}): an fp8 copy for inference, rounded, and "
-                "meaningless without its scales. Download the bf16 or fp32 files."
-            )
+        _require_weights(self)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.where[name].get_tensor(name)
@@ -92,6 +90,7 @@ class Pickle:
             raise ValueError(
                 f"{file}: holds something else than named tensors: another file of the same name?"
             )
+        _require_weights(self)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.where[name]
@@ -101,6 +100,14 @@ class Pickle:
 
     def dtypes(self) -> str:
         return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.where.values()}))
+
+
+def _require_weights(stored: Checkpoint | Pickle) -> None:
+    if not set(stored.dtypes().split("/")) <= WEIGHTS:
+        raise ValueError(
+            f"{stored.folder}: stored as {stored.dtypes()}: a copy for inference, rounded, and meaningless "
+            "without its scales. Download the bf16 or fp32 files."
+        )
 
 
 def shards(folder: Path) -> list[Path]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import weights
 from sdv.data import importers, media
 from sdv.data.captions import say_cut
-from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, left_out, read_lines, scan_rows
+from sdv.data.pixels import say_crop
+from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, left_out, read_lines, say_same_file, scan_rows
 from sdv.data.sheet import write_sheet
 from sdv.data.sizes import MODELS, count_tokens, require_least
 from sdv.run.settings import Parser, run
@@ -49,8 +50,8 @@ def check(args: argparse.Namespace) -> int:
         for good, verdict in pool.map(partial(_verdict, args=args), rows):
             print(f"{'ok ' if good else 'BAD'}  {verdict}")
             bad += not good
-    if not (Path(args.folder) / "metadata.jsonl").is_file() and (others := left_out(Path(args.folder))):
-        print(f"left out, no {' '.join(sorted(ENDINGS))}: {', '.join(others)}")
+    if fields == CLIP and (others := left_out(Path(args.folder), rows)):
+        print(f"left out: {', '.join(others)} (clips end with {' '.join(sorted(ENDINGS))})")
     if tokens_of:
         said = say_cut(((row.origin, row.prompt) for row in rows), *tokens_of)
         print(said or f"no caption is cut: all have {tokens_of[1]} tokens or less")
@@ -76,22 +77,25 @@ def _kind(folder: Path) -> tuple[str, ...]:
 
 def _verdict(row: Row, args: argparse.Namespace) -> tuple[bool, str]:
     try:
-        found = _pair_verdict(row) if len(row.files) == 2 else _clip_verdict(row, args)
+        found = _pair_verdict(row, args) if len(row.files) == 2 else _clip_verdict(row, args)
     except (ValueError, OSError) as error:
         return False, f"{row.origin}: {error}"
-    return True, f"{row.origin}: {found}"
+    return True, f"{row.origin}: {'; '.join(filter(None, found))}"
 
 
-def _pair_verdict(row: Row) -> str:
-    shapes = (media.read_image(path).shape for path in row.files)
-    return ", ".join(f"{path.name} {w}x{h}" for path, (_, h, w) in zip(row.files, shapes, strict=True))
+def _pair_verdict(row: Row, args: argparse.Namespace) -> list[str]:
+    shapes = [media.read_image(path).shape[1:] for path in row.files]
+    sizes = ", ".join(f"{path.name} {w}x{h}" for path, (h, w) in zip(row.files, shapes, strict=True))
+    return [sizes, *(say_crop(*shape, args.height, args.width) for shape in shapes), say_same_file(row)]
 
 
-def _clip_verdict(row: Row, args: argparse.Namespace) -> str:
+def _clip_verdict(row: Row, args: argparse.Namespace) -> list[str]:
     clip = media.inspect_clip(row.files[0])
     media.check_length(row.files[0], clip.seconds, args.frames, args.fps)
     rate = "steady" if clip.steady else "variable rate"
-    return f"{clip.width}x{clip.height}, {clip.frames} frames in {clip.seconds:.2f} s, {rate}"
+    found = f"{clip.width}x{clip.height}, {clip.frames} frames in {clip.seconds:.2f} s, {rate}"
+    odd = media.say_repeats(row.files[0], args.frames, args.fps)
+    return [found, say_crop(clip.height, clip.width, args.height, args.width), odd]
 
 
 def main(argv: list[str] | None = None) -> int:

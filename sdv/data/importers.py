@@ -22,7 +22,7 @@ import torch
 from sdv.data.captions import clean_caption, to_utf8
 from sdv.data.files import digest, parse_json, write_whole
 from sdv.data.import_log import Outcome, finish, walk
-from sdv.data.media import check_length, decode_image, encode_png, inspect_clip
+from sdv.data.media import check_length, decode_image, encode_png, inspect_clip, say_repeats
 from sdv.data.rows import CLIP, find_file, left_out, scan_rows
 from sdv.data.sizes import require_least
 
@@ -240,8 +240,8 @@ def list_videos(
         listed = [(row.origin, row.files[0], row.prompt) for row in rows]
         parts = (problem.partition(": ") for problem in problems)
         dropped = [Outcome(origin, (), "no usable row", detail) for origin, _, detail in parts]
-        if not (source / "metadata.jsonl").is_file() and (others := left_out(source)):
-            print(f"left out, no clips by their endings: {', '.join(others)}")
+        if others := left_out(source, rows):
+            print(f"left out, not listed or no clips by their endings: {', '.join(others)}")
     else:
         listed, dropped = read_table(source, path_column, caption_column, Path(root or source.parent))
     found, seen = [], {}
@@ -334,6 +334,8 @@ def _fault(path: Path, min_aspect: float, min_frames: int, frames: int, fps: flo
         check_length(path, clip.seconds, frames, fps)
     except ValueError:
         return f"too short for {frames} frames at {fps:g} fps", ""
+    if repeats := say_repeats(path, frames, fps):
+        return f"too few frames for {fps:g} fps", repeats
     return "", ""
 
 

@@ -135,6 +135,18 @@ def check_length(path: str | Path, lasts: float, frames: int, fps: float) -> Non
         )
 
 
+def say_repeats(path: str | Path, frames: int, fps: float) -> str:
+    """What to say of a clip that `read_clip` shows many frames of twice; nothing, of another one.
+
+    A tenth may repeat: clips of 23 frames a second read at 24, or a few that the recorder dropped.
+    """
+    line = _timeline(path, until=(frames - 1) / fps)
+    repeats = frames - len(set(nearest(line.seconds, np.arange(frames) / fps).tolist()))
+    if repeats <= frames / 10:
+        return ""
+    return f"{repeats} of {frames} frames repeat the one before: it has too few for {fps:g} a second"
+
+
 def inspect_clip(path: str | Path) -> ClipInfo:
     """Decode every frame once and measure the clip; ValueError if one is damaged."""
     line = _timeline(path)

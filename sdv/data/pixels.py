@@ -19,6 +19,15 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def say_crop(height: int, width: int, to_height: int, to_width: int) -> str:
+    """What to say of a picture that `resize` cuts much of, or makes much larger; nothing, of another one."""
+    down, right = to_height / height, to_width / width
+    scale, used = max(down, right), min(down, right) / max(down, right)
+    said = [f"{used:.0%} of {width}x{height} is used"] * (used < 0.6)
+    said += [f"{width}x{height} is enlarged {scale:.1f} times"] * (scale > 2)
+    return ", ".join(said)
+
+
 def resize(
     images: torch.Tensor,
     height: int,

@@ -4,6 +4,7 @@ A pairs folder holds metadata.jsonl with rows {"reference_file_name", "target_fi
 folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt. Hidden files are skipped.
 """
 
+import os
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +78,24 @@ def _attempt(read: Callable[[], Row]) -> tuple[Row | None, str]:
         return None, str(error)
 
 
-def left_out(folder: Path) -> list[str]:
-    """Names in a folder of clips and captions that are neither a clip, by their ending, nor its caption."""
-    others = [path for path in _visible(folder) if not _is_clip(path)]
-    captions = {find_file(folder, f"{path.stem}.txt") for path in _visible(folder) if _is_clip(path)}
-    return [path.name for path in others if path not in captions]
+def left_out(folder: Path, rows: list[Row]) -> list[str]:
+    """Names in a folder of clips that are in none of its rows.
+
+    With a metadata.jsonl these are clips that it does not list; else, all that is neither a clip, by its
+    ending, nor the caption of one.
+    """
+    clips = [path for path in _visible(folder) if _is_clip(path)]
+    if (folder / "metadata.jsonl").is_file():
+        listed = {path for row in rows for path in row.files}
+        return [path.name for path in clips if path not in listed]
+    known = {*clips, *(find_file(folder, f"{path.stem}.txt") for path in clips)}
+    return [path.name for path in _visible(folder) if path not in known]
+
+
+def say_same_file(pair: Row) -> str:
+    """What to say of a pair that is one picture; nothing, of another one."""
+    same = pair.files[0].samefile(pair.files[1])
+    return "reference and target are one file: it teaches to copy" if same else ""
 
 
 def read_lines(path: Path) -> list[bytes]:
@@ -163,6 +177,7 @@ def _row_of_caption(path: Path) -> Row:
 class Rows(Dataset):
     """Checked rows of a folder. `load` gives uint8 pixels; indexing, the same item as floats in [-1, 1]."""
 
+    folder: Path
     rows: list[Row]
     read: Callable[[Row, torch.Generator], dict]  # each data set's own way from a row to an item
 
@@ -173,9 +188,14 @@ class Rows(Dataset):
         """What the text encoder is given."""
         return row.prompt
 
+    def oddity(self, row: Row) -> str:
+        """What of a good row is likely to be a mistake, or nothing."""
+        return ""
+
     def summary(self) -> str:
-        """How many, and a name made of their files' paths and prompts: other rows have another."""
-        named = [[list(map(str, row.files)), row.prompt] for row in self.rows]
+        """How many, and a name made of their prompts and their files' paths in the folder."""
+        paths = ([os.path.relpath(file, self.folder) for file in row.files] for row in self.rows)
+        named = [[files, row.prompt] for files, row in zip(paths, self.rows, strict=True)]
         return f"{len(named)} rows, {digest(named)[:8]}"
 
     def __getitem__(self, index: int) -> dict:
@@ -189,20 +209,28 @@ class Rows(Dataset):
         except (ValueError, OSError) as error:
             raise ValueError(f"{row.origin}: {error}") from error
 
-    def verify(self, limit: int) -> None:
-        """Decode up to `limit` rows, spread over the folder; one ValueError lists the bad ones among them."""
+    def verify(self, limit: int) -> str:
+        """Decode up to `limit` rows, spread over the folder; says how many of them are odd, and why.
+
+        One ValueError lists the bad ones among them.
+        """
         rows = range(0, len(self), -(-len(self) // limit)) if limit else ()
         with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
-            problems = [text for text in pool.map(self._problem, rows) if text]
-        if problems:
+            looks = list(pool.map(self._look, rows))
+        if problems := [problem for problem, _ in looks if problem]:
             raise ValueError("files that cannot be used:\n  " + "\n  ".join(problems))
+        odd = [oddity for _, oddity in looks if oddity]
+        return f"odd are {len(odd)} of {len(looks)} rows looked at; {odd[0]}" if odd else ""
 
-    def _problem(self, index: int) -> str | None:
+    def _look(self, index: int) -> tuple[str, str]:
+        """(what is wrong with a row, what is odd)."""
+        row = self.rows[index]
         try:
             self.load(index, generator(index))
+            oddity = self.oddity(row)
         except ValueError as error:
-            return str(error)
-        return None
+            return str(error), ""
+        return "", oddity and f"{row.origin}: {oddity}"
 
 
 class Pairs(Rows):
@@ -215,7 +243,7 @@ class Pairs(Rows):
     def __init__(
         self, folder: str | Path, height: int, width: int, cls_token: str = CLS, jitter: float = 0.0
     ):
-        self.rows = read_rows(folder, PAIR)
+        self.folder, self.rows = Path(folder), read_rows(folder, PAIR)
         self.size, self.cls_token, self.jitter = (height, width), cls_token, jitter
 
     def read(self, row: Row, rng: torch.Generator) -> dict:
@@ -224,6 +252,9 @@ class Pairs(Rows):
 
     def prompt(self, row: Row) -> str:
         return self.cls_token + row.prompt
+
+    def oddity(self, row: Row) -> str:
+        return say_same_file(row)
 
     def _view(self, path: Path, rng: torch.Generator) -> torch.Tensor:
         image = media.read_image(path)
@@ -239,13 +270,16 @@ class Clips(Rows):
     def __init__(
         self, folder: str | Path, frames: int, fps: float, height: int, width: int, window: str = "first"
     ):
-        self.rows = read_rows(folder, CLIP)
+        self.folder, self.rows = Path(folder), read_rows(folder, CLIP)
         self.frames, self.fps, self.size, self.random = frames, fps, (height, width), window == "random"
 
     def read(self, row: Row, rng: torch.Generator) -> dict:
         window = torch.rand((), generator=rng).item() if self.random else 0.0
         clip = media.read_clip(row.files[0], self.frames, self.fps, *self.size, window=window)
         return {"clip": clip, "prompt": self.prompt(row)}
+
+    def oddity(self, row: Row) -> str:
+        return media.say_repeats(row.files[0], self.frames, self.fps)
 
 
 def to_float(item: dict) -> dict:

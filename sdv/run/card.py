@@ -12,8 +12,11 @@ STOCK = """
 In stock diffusers the reference is one more, clean frame before the video:
 
 ```python
-pipe.load_lora_weights("{folder}", weight_name="adapter.safetensors")  # its strength is in the file
+pipe.load_lora_weights("{folder}", weight_name="adapter.safetensors")  # diffusers 0.34 or newer
 ```
+
+Older versions do not read the strength that is in the file: make them one with it in its weights,
+`python -m weights.adapter convert adapter.safetensors old.safetensors --format diffusers-old`.
 """
 NOT_STOCK = """
 Stock diffusers cannot run it as it was trained: its pipelines have no such place for the reference, or no
