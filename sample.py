@@ -149,6 +149,8 @@ def wanted(cfg: Config) -> list[Shot]:
     """The films that are asked for, by prompts and seeds or by a manifest."""
     if bool(cfg.prompt) == bool(cfg.manifest) or (cfg.manifest and (cfg.ref or cfg.seed)):
         raise ValueError("give --prompt, with --ref and --seed, or --manifest, which names all three")
+    if len(cfg.prompt) > 1 and not any(" " in prompt for prompt in cfg.prompt):
+        print(f"{len(cfg.prompt)} prompts of one word each; if they are one prompt, put it in quotes")
     if not cfg.adapter and (cfg.merge or cfg.lora_alpha is not None):
         raise ValueError("--merge and --lora-alpha are about an adapter: give --adapter as well")
     if cfg.manifest:

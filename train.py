@@ -32,7 +32,7 @@ from sdv import diagnostics, objectives
 from sdv.data.cache import Cache, Cached, Networks
 from sdv.data.captions import say_cut
 from sdv.data.files import digest, sampled_hash
-from sdv.data.loader import batches
+from sdv.data.loader import ENDING, batches
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.rows import Clips, Pairs, Rows, left_out
 from sdv.data.sizes import with_model_defaults
@@ -237,7 +237,7 @@ class Config(Looking):
     """the machine"""
 
     out: str = "out/run"  # config.json, metrics.jsonl, samples, saves
-    resume: bool = False  # go on from the newest save in --out
+    resume: bool = False  # go on from the newest save in --out; begin, if there is none
     seed: Seed = 0  # of every draw
     device: str = settings.DEVICE  # where it runs
     dtype: Literal["bfloat16", "float32"] = settings.DTYPE  # of the frozen networks
@@ -277,6 +277,11 @@ def refuse_conflicts(cfg: Config) -> None:
     """ValueError for settings that do not go together, before anything is opened."""
     trains_both = 0 < cfg.p_video < 1
     looks = bool(cfg.val_pairs) and bool(cfg.val_every or cfg.probe_every)
+    asked = {cfg.val_every, cfg.probe_every} - {0, Config.val_every, Config.probe_every}  # not by default
+    data, made = (
+        {Path(folder).resolve() for folder in folders if folder}
+        for folders in ((cfg.pairs, cfg.clips, cfg.val_pairs, cfg.val_clips), (cfg.cache, cfg.out))
+    )
     for wrong, words in (
         (not cfg.backbone, "--backbone: name the folder of the model to train"),
         (cfg.p_video < 1 and not cfg.pairs and not cfg.plan, "--pairs: name the folder of image pairs"),
@@ -288,6 +293,9 @@ def refuse_conflicts(cfg: Config) -> None:
          "--sample-every and --sample-manifest belong together: how often to film, and what"),
         (bool(cfg.val_pairs) != bool(cfg.val_clips),
          "--val-pairs and --val-clips belong together: a probe compares both tasks"),
+        (asked and not cfg.val_pairs and not cfg.val_clips,
+         "--val-every and --probe-every look at held-out rows: give --val-pairs and --val-clips"),
+        (data & made, "--cache and --out need folders of their own, beside those of the data"),
         (cfg.cache_frames and not cfg.cache, "--cache-frames is about a cache: give --cache too"),
         (cfg.adapter and cfg.targets and not cfg.resume,
          "--targets places a new LoRA, and that of an --adapter has its places: leave out --targets"),
@@ -349,10 +357,8 @@ def open_rows(cfg: Config, say: Callable[[str], None]) -> tuple[dict[str, Rows],
         odd = rows.verify(cfg.verify)
         say(f"{name}: {len(rows):,} rows of {rows.folder}" + (odd and f"; {odd}"))
         if isinstance(rows, Clips) and (others := left_out(rows.folder, rows.rows)):
-            say(
-                f"  left out of it: {', '.join(others[:5])}"
-                + (len(others) > 5) * f" and {len(others) - 5} more"
-            )
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            say(f"  left out of it: {', '.join(others[:5])}{more}")
     return data, unseen
 
 
@@ -510,7 +516,7 @@ def train(
     hidden = rank > 0 or None  # None: unless a terminal shows it, since a log file has a line for each step
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=hidden)
     tell = bar.write if rank == 0 else say
-    with parallel.signals_noted(cfg.device) as run.stop_if_asked, bar:
+    with parallel.signals_noted(ENDING, cfg.device) as run.stop_if_asked, bar:
         run.feeds = {task: asking(feed, run.stop_if_asked) for task, feed in run.feeds.items()}
         try:
             for step in bar:
@@ -536,7 +542,9 @@ def train(
             save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
     run.stop_if_asked = lambda: None
     if problem:
-        tell(f"stopped after step {reached}: put a good file in the place of a bad one, and --resume goes on")
+        tell(
+            f"stopped after step {reached}; --resume goes on: a bad file may be replaced, its row has to stay"
+        )
         raise problem
     return reached
 
@@ -553,6 +561,9 @@ def main() -> int | None:
     rank, world, device = parallel.start(cfg.device)
     cfg = dataclasses.replace(cfg, device=device)
     say = print if rank == 0 else lambda *words: None
+    if cfg.resume and not parallel.from_first(saves.saves(Path(cfg.out))):
+        say(f"{cfg.out}: no save to resume from: a new run begins")
+        refuse_conflicts(cfg := dataclasses.replace(cfg, resume=False))
     if cfg.plan:
         return say(plan.report(cfg, layout, world))
     if cfg.shard and world == 1:
@@ -647,10 +658,10 @@ def main() -> int | None:
 
     # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.
     if reached == 0 < cfg.steps:
-        say("stopped by a signal before the first step was done: nothing is saved; begin without --resume")
+        say("stopped before the first step was done: nothing is saved; start again")
         return 1
     if reached < cfg.steps:
-        return say(f"stopped by a signal after step {reached}; --resume goes on from there")
+        return say(f"stopped after step {reached}; --resume goes on from there")
     look(reached, looks, training, cfg, say)
     if rank == 0:  # the others may not see its files yet
         if losses and cfg.probe_every:

@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="small, on the CPU")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
-        raise ValueError("no GPU, nothing to time: try --dry")
+        raise ValueError("no CUDA device, nothing to time: try --dry")
     device = "cpu" if args.dry else "cuda"
     repeats = 0 if args.warm else 1 if args.dry else 2
     book = Book((args.out or folder_of(device)) / "fullsize.jsonl", args.seconds, device, repeats)

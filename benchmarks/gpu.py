@@ -140,8 +140,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="small, on the CPU")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
-        print("no CUDA device, nothing to time: try --dry")
-        return 0
+        raise SystemExit("error: no CUDA device, nothing to time: try --dry")
     device, start, seconds = "cpu" if args.dry else "cuda", time.time(), 60 * args.minutes
     folder = (args.out or (LOGS if args.dry else folder_of(device))).resolve()
     for path in (folder, LOGS):

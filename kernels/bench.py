@@ -353,7 +353,9 @@ def main() -> int:
     if torch.cuda.is_available() or options.dry:
         bench(0 if options.dry else options.ms, options.out)
     else:
-        print("no CUDA device, nothing to time: try --lint or --dry, or pytest test_kernels.py")
+        raise SystemExit(
+            "error: no CUDA device, nothing to time: try --lint or --dry, or pytest test_kernels.py"
+        )
     return 0
 
 

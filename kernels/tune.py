@@ -89,7 +89,7 @@ def main() -> None:
     elif torch.cuda.is_available():
         tune(dry=False)
     else:
-        print("no CUDA device, nothing to time: try --dry")
+        raise SystemExit("error: no CUDA device, nothing to time: try --dry")
 
 
 if __name__ == "__main__":

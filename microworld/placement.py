@@ -47,9 +47,10 @@ def losses(folder: Path, after: int) -> dict[str, float]:
 def main() -> None:
     cfg = parse(Config, __doc__)
     backbone, out = Path(cfg.backbone).resolve(), Path(cfg.out).resolve()
-    data = studio.study_world(out, pairs=2000, clips=64)
+    weights.open_backbone(backbone)  # is it there? weights/toy/README.md has the commands that make it
     layout = weights.open_backbone(studio.TOY)
     sizes = {name: getattr(layout, name) for name in ("height", "width", "frames", "fps")}
+    data = studio.study_world(out, pairs=2000, clips=64)
     base, of = studio.Studio(folder=backbone), studio.cases(CASES)
     done = {(row["place"], row["seed"], row["steps"]) for row in studio.read_table(FILE)}
     for seed in cfg.seeds:

@@ -16,6 +16,7 @@ in out/wan/model.
 import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -84,9 +85,15 @@ def home(cfg: Config) -> Path:
 
 
 def begin(cfg: Config) -> None:
-    """Write configs and a vocabulary of the captions, and forget all weights. Not where a run has begun."""
+    """Write configs and a vocabulary of captions, and take away the weights. Not where a run has begun."""
     if list(Path(cfg.out).glob("*.pt")):
         return print(f"{cfg.out} holds a run: going on with it. Remove it to begin from nothing.")
+    if list(home(cfg).glob("*/*.safetensors")):
+        before = Path(cfg.out) / "before"
+        if before.exists():
+            raise FileExistsError(f"{before}: keeps a base already; move it away, or name another --out")
+        shutil.copytree(home(cfg), before)
+        print(f"the base that was in {home(cfg)} is kept in {before}")
     said = captions_of("clips", 5000, cfg)
     vocabulary = tiny.train_vocabulary(said, 256, umt5=cfg.family == "wan")
     tiny.write_configs(home(cfg), FAMILIES[cfg.family], vocabulary)

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample
 import weights
 from helpers import TINY_DIT, build, full_disk, lora_pair, relative_error, run
-from sdv.lora import act_on_reference, add_lora, lora_modules, lora_parameters
+from sdv.lora import act_on_reference, acts_on, add_lora, lora_modules, lora_parameters
 from sdv.lora import merge as merge_lora
 from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.positions import place_reference
@@ -216,6 +217,24 @@ def test_cogvideox_in_comfyui_has_the_names_of_its_converter(tmp_path):
     assert load_file(tmp_path / "a.safetensors").keys() == wanted
 
 
+def test_cogvideox_in_diffsynth_has_the_names_of_its_model(tmp_path):
+    """Those of CogDiT in its diffsynth/models/cog_dit.py, and of what that is made of."""
+    dit = build(CogVideoXDiT)
+    targets = [target for target in dit.lora_targets if target not in LEFT_OUT["diffsynth"]]
+    targets += ["time_in.linear_1", "time_in.linear_2", "mod_out", "proj_out"]
+    randomised(dit, [(4, 4.0, tuple(targets))])
+    weights.save_adapter(dit, tmp_path / "a.safetensors", "diffsynth")
+    tensors = load_file(tmp_path / "a.safetensors")
+    layers = ("norm1.linear", "norm2.linear", "ff.0", "ff.2")
+    layers += tuple(f"attn1.to_{name}" for name in ("q", "k", "v", "out"))
+    wanted = {f"blocks.{i}.{layer}" for i in (0, 1) for layer in layers}
+    wanted |= {f"time_embedder.timestep_embedder.{i}" for i in (0, 2)}
+    wanted |= {"context_embedder", "norm_out.linear", "proj_out"}
+    assert {key.split(".lora_")[0] for key in tensors} == wanted
+    for theirs, ours in (("time_embedder.timestep_embedder.0", "time_in.linear_1"), ("proj_out", "proj_out")):
+        assert torch.equal(tensors[f"{theirs}.lora_A.default.weight"], lora_modules(dit)[ours].lora_A)
+
+
 # ------------------------------------------------------------------------------------- theirs, read by us
 @FAMILIES
 @pytest.mark.parametrize("rslora", [False, True])
@@ -280,6 +299,22 @@ def test_keys_as_people_and_other_tools_have_them(stem, halves, alpha, format, t
     assert {"file": "from the file", "rank": "the rank, as always", "": "as asked"}[alpha] in line
 
 
+def test_an_alpha_of_a_layer_counts_before_the_settings(tmp_path):
+    (a, b), dit, stem = lora_pair(), build(WanDiT), "transformer.blocks.0.attn1.to_q"
+    tensors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.alpha": torch.tensor(6.0)}
+    settings = json.dumps({"transformer.lora_alpha": 4, "transformer.r": 4})
+    save_file(tensors, tmp_path / "a.safetensors", {formats.METADATA: settings})
+    weights.load_adapter(dit, tmp_path / "a.safetensors")
+    assert_same(deltas(dit), {"blocks.0.attn.q": 1.5 * (b @ a)})
+
+
+def test_another_file_in_a_peft_folder_is_not_read_by_its_settings(tmp_path):
+    (a, b), stem, file = lora_pair(), "transformer.blocks.0.attn1.to_q", tmp_path / "other.safetensors"
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 64}))
+    assert formats.read(file).alpha_from == "" and formats.adapter_files(file) == [file]
+
+
 def test_an_adapter_that_changes_nothing_is_said_to(tmp_path):
     file = tmp_path / "a.safetensors"
     for b, alpha, nothing in ((1.0, 4.0, False), (0.0, 4.0, True), (1.0, 0.0, True)):
@@ -288,6 +323,16 @@ def test_an_adapter_that_changes_nothing_is_said_to(tmp_path):
             module.lora_B.data.fill_(b)
         weights.save_adapter(dit, file)
         assert ("update is zero" in weights.load_adapter(build(WanDiT), file)) == nothing
+
+
+def test_the_folder_of_a_save_is_read_as_its_adapter(tmp_path):
+    dit = plain(WanDiT)
+    weights.save_adapter(dit, tmp_path / "step-000004" / "adapter.safetensors")
+    again, said = reloaded(WanDiT, tmp_path / "step-000004")
+    assert_same(deltas(again), deltas(dit))
+    assert formats.adapter_files(tmp_path / "step-000004") == [
+        tmp_path / "step-000004" / "adapter.safetensors"
+    ]
 
 
 @FAMILIES
@@ -350,6 +395,7 @@ def test_each_tensor_of_a_merged_transformer_has_the_dtype_that_it_had(folders, 
     base, file = shutil.copytree(folders[WanDiT], tmp_path / "base"), tmp_path / "a.safetensors"
     whole = base / "transformer" / wan.DIT_FILE
     norms = {"scale_shift_table", "time", "norm"}  # diffusers keeps these in fp32 when it saves in bf16
+    norms |= {"patch_embedding"}  # has no LoRA: what is stored in fp32 is not rounded on the way
     mixed = {
         name: tensor if any(word in name for word in norms) else tensor.bfloat16()
         for name, tensor in load_file(whole).items()
@@ -360,6 +406,37 @@ def test_each_tensor_of_a_merged_transformer_has_the_dtype_that_it_had(folders, 
     merged = load_file(tmp_path / "out/transformer" / wan.DIT_FILE)
     assert {name: x.dtype for name, x in merged.items()} == {name: x.dtype for name, x in mixed.items()}
     assert len({x.dtype for x in merged.values()}) == 2
+    assert torch.equal(merged["patch_embedding.weight"], mixed["patch_embedding.weight"])
+
+
+def test_an_alpha_that_is_given_reaches_what_is_converted_and_merged(folders, tmp_path, monkeypatch):
+    base, file, converted = folders[WanDiT], tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    dit = adapted(base)
+    weights.save_adapter(dit, file)
+    save_file(load_file(file), file, {"format": "pt"})  # of another tool: no alpha
+    more = "--backbone", base, "--alpha", 6  # twice what it had
+    wanted = {path: 2 * delta for path, delta in deltas(dit).items()}
+    command(monkeypatch, "convert", file, converted, "--format", "kohya", *more)
+    assert_same(deltas(reloaded(WanDiT, converted)[0]), wanted)
+    command(monkeypatch, "merge", file, tmp_path / "out", *more)
+    merged = load_file(tmp_path / "out" / "transformer" / wan.DIT_FILE)["blocks.0.attn1.to_q.weight"]
+    torch.testing.assert_close(merged, dit.blocks[0].attn.q.weight + wanted["blocks.0.attn.q"])
+
+
+def test_a_backbone_that_is_named_says_of_which_model_a_file_is_and_what_it_lacks(
+    folders, tmp_path, monkeypatch
+):
+    file, converted, stem = tmp_path / "a.safetensors", tmp_path / "b.safetensors", "transformer.proj_out"
+    last = adapted(folders[CogVideoXDiT]).proj_out  # both models have a layer of this name
+    a, b = torch.randn(4, last.in_features), torch.randn(last.out_features, 4)
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, file)
+    more = "--alpha", 4, "--backbone", folders[CogVideoXDiT]
+    command(monkeypatch, "convert", file, converted, "--format", "diffusers", *more)
+    assert formats.read(converted, CogVideoXDiT).updates.keys() == {"proj_out"}
+    weights.save_adapter(randomised(build(WanDiT), [(2, 2.0, ("attn.q",))]), file, "kohya")
+    save_file({key.replace("blocks_1", "blocks_7"): x for key, x in load_file(file).items()}, file)
+    with pytest.raises(SystemExit, match="blocks.7.attn.q of the model is not in it"):
+        command(monkeypatch, "inspect", file, "--backbone", folders[WanDiT])
 
 
 @FAMILIES
@@ -373,24 +450,77 @@ def test_the_mean_of_two_adapters_adds_the_mean_of_their_updates(family, tmp_pat
     wanted = {path: (x + lacking.get(path, torch.zeros_like(x))) / 2 for path, x in found.items()}
     command(monkeypatch, "mean", *files)
     assert_same(deltas(reloaded(family, files[2])[0]), wanted)
-    command(monkeypatch, "mean", *files, "--rank", 2)
-    for path, delta in deltas(reloaded(family, files[2])[0]).items():
+    narrow = tmp_path / "narrow.safetensors"
+    command(monkeypatch, "mean", *files[:2], narrow, "--rank", 2)
+    for path, delta in deltas(reloaded(family, narrow)[0]).items():
         exact = wanted[path].double().flatten(1)
         least = torch.linalg.svdvals(exact)[2:].norm()  # no other of rank 2 is nearer (Eckart and Young)
         assert (delta.double().flatten(1) - exact).norm() <= least + 1e-6 * exact.norm()
     A, B = adapter.strongest(torch.randn(8, 3), torch.randn(5, 8), 6)  # more than a narrow layer has
     assert A.shape == (3, 3) and B.shape == (5, 3)
-    weights.save_adapter(plain(next(kind for kind in TINY if kind is not family)), files[1])
-    with pytest.raises(SystemExit, match=r"b\.safetensors: is of another backbone"):
-        command(monkeypatch, "mean", *files)
+
+
+def test_what_has_no_mean_and_where_none_may_be_written(tmp_path, monkeypatch):
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "mean.safetensors"
+    for file in files[:2]:
+        weights.save_adapter(plain(WanDiT), file)
+    monkeypatch.chdir(tmp_path)
     before = files[1].read_bytes()
     for words, said in (
-        (files[:2], "name two adapters or more"),
-        ((*files[:2], files[1]), "is one of the adapters"),
+        (files[:2], "name two adapters or more"),  # a forgotten target would be the last adapter
+        ((*files[:2], files[1]), "is there already"),
+        ((*files[:2], "b.safetensors"), "is there already"),
+        ((*files, "--rank", 0), "rank 0"),
     ):
-        with pytest.raises(SystemExit, match=said):  # a forgotten target would be the last adapter
+        with pytest.raises(SystemExit, match=said):
             command(monkeypatch, "mean", *words)
     assert files[1].read_bytes() == before
+    key, good = "transformer.blocks.0.attn1.to_q.lora_%s.weight", load_file(files[1])
+    with safe_open(files[1], "pt") as opened:
+        metadata = opened.metadata()
+    for half, x in (("A", good[key % "A"][:, :64]), ("B", good[key % "B"][:64])):
+        save_file(good | {key % half: x.contiguous()}, files[1], metadata)
+        with pytest.raises(SystemExit, match=r"b\.safetensors: blocks\.0\.attn\.q is of another size"):
+            command(monkeypatch, "mean", *files)
+    weights.save_adapter(plain(CogVideoXDiT), files[1])
+    for order, said in ((files[:2], r"b\.safetensors: is"), (files[1::-1], r"a\.safetensors: is")):
+        with pytest.raises(SystemExit, match=f"{said} of another backbone"):
+            command(monkeypatch, "mean", *order, files[2])
+    assert not files[2].exists()
+
+
+def test_a_mean_has_the_layers_of_all_and_the_rank_and_dtype_that_are_asked_for(tmp_path, monkeypatch):
+    files, whole = (tmp_path / "a.safetensors", tmp_path / "b.safetensors"), tmp_path / "whole.safetensors"
+    few, many = mixed(WanDiT, NOT_VISUAL), plain(WanDiT)  # ranks 2 to 4, and 6 in more layers
+    weights.save_adapter(few, files[0], "kohya")
+    weights.save_adapter(many, files[1])
+    command(monkeypatch, "mean", *files, whole)
+    assert formats.read(whole).updates.keys() == lora_modules(many).keys()
+    assert formats.read(whole).format == "kohya"
+    for rank in (1, 5, 7, 99):
+        target = tmp_path / f"{rank}.safetensors"
+        command(monkeypatch, "mean", *files, target, "--rank", rank, "--dtype", "bfloat16")
+        for path, update in formats.read(target).updates.items():
+            most = 6 + (lora_modules(few)[path].rank if path in lora_modules(few) else 0)
+            assert update.rank == min(rank, most) and update.A.dtype == update.B.dtype == torch.bfloat16
+
+
+def test_a_mean_keeps_what_its_adapters_act_on_and_where_the_reference_is(tmp_path, monkeypatch):
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "mean.safetensors"
+    dit = mixed(WanDiT, NOT_VISUAL)
+    act_on_reference(dit)
+    place_reference(dit, "beside")
+    for file in files[:2]:
+        weights.save_adapter(dit, file)
+    command(monkeypatch, "mean", *files)
+    again, _ = reloaded(WanDiT, files[2])
+    assert again.ref_position == "beside" and acts_on(again) == "ref"
+    place_reference(dit, "far")  # where a file without notes has it
+    weights.save_adapter(dit, files[0])
+    save_file(load_file(files[0]), files[1], {"format": "pt"})  # acts on all tokens
+    for order in (files[:2], files[1::-1]):
+        with pytest.raises(SystemExit, match="has lora_tokens (all|ref), others (all|ref)"):
+            command(monkeypatch, "mean", *order, tmp_path / "other.safetensors", "--lora-alpha", 4)
 
 
 def test_a_strength_is_given_to_the_adapters_of_a_mean_that_do_not_say_it(tmp_path, monkeypatch):
@@ -399,6 +529,8 @@ def test_a_strength_is_given_to_the_adapters_of_a_mean_that_do_not_say_it(tmp_pa
     weights.save_adapter(one, files[0])
     weights.save_adapter(other, files[1])
     save_file(load_file(files[1]), files[1], {"format": "pt"})  # of another tool: no alpha, no notes
+    with pytest.raises(SystemExit, match=r"b\.safetensors.*--lora-alpha"):
+        command(monkeypatch, "mean", *files)
     command(monkeypatch, "mean", *files, "--lora-alpha", 12)  # three times what it had
     wanted = {path: (x + 3 * deltas(other)[path]) / 2 for path, x in deltas(one).items()}
     assert_same(deltas(reloaded(WanDiT, files[2])[0]), wanted)
@@ -406,7 +538,7 @@ def test_a_strength_is_given_to_the_adapters_of_a_mean_that_do_not_say_it(tmp_pa
     weights.save_adapter(one, files[0])
     for order in (files[:2], files[1::-1]):
         with pytest.raises(SystemExit, match="has ref_position (far|leading), others (far|leading)"):
-            command(monkeypatch, "mean", *order, files[2], "--lora-alpha", 12)
+            command(monkeypatch, "mean", *order, tmp_path / "other.safetensors", "--lora-alpha", 12)
 
 
 def test_a_half_precision_transformer_stays_one_when_merged(folders, tmp_path, monkeypatch):
@@ -517,7 +649,7 @@ def flawed():
         "lokr": ({f"{Q}.lokr_w1": a}, {}, "LoKr"),
         "bias": (two | {f"{Q}.diff_b": b[:, 0]}, {}, "1 of 5 keys, is a change of a whole weight or bias"),
         "other model": ({"transformer.single_blocks.0.q.lora_A.weight": a}, {}, "no layer of this model"),
-        "no lora": ({"blocks.0.self_attn.q.weight": a}, {}, "no layer of this model"),
+        "no lora": ({"blocks.0.self_attn.q.weight": a}, {}, "names of a model's weights: no adapter"),
         "twice": (one | {f"{Q}.lora_down.weight": a}, {}, "second A"),
         "ranks": ({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b[:, :3]}, {}, r"A of shape \[4, 128\]"),
         "integers": ({f"{Q}.lora_A.weight": a.to(torch.int8), f"{Q}.lora_B.weight": b}, {}, "torch.int8"),
@@ -561,8 +693,9 @@ def test_bad_files_give_one_error_with_file_and_reason(flaw, tmp_path):
             formats.read(file)
 
 
-def test_a_peft_folder_that_could_not_be_replaced_has_no_wrong_strength(tmp_path):
-    """A LoRA of alpha 8 is replaced by one of alpha 64 on a full disk: the old one stays as it was."""
+def test_a_peft_folder_that_could_not_be_replaced_has_no_wrong_strength(tmp_path, monkeypatch):
+    """A LoRA of alpha 8 is replaced by one of alpha 64. On a full disk the old one stays as it was; stopped
+    between the weights and their settings, the new one has to be told its alpha."""
     old, new = (randomised(build(WanDiT), [(8, alpha, ("attn.q",))]) for alpha in (8.0, 64.0))
     weights.save_adapter(old, tmp_path / "peft", "peft")
     with full_disk(2000), pytest.raises(OSError, match="adapter_model.safetensors: could not be written"):
@@ -570,6 +703,14 @@ def test_a_peft_folder_that_could_not_be_replaced_has_no_wrong_strength(tmp_path
     assert "alpha 8" in weights.load_adapter(build(WanDiT), tmp_path / "peft")
     with pytest.raises(ValueError, match="adapter_config.json beside it; name another file"):
         weights.save_adapter(new, tmp_path / "peft/adapter_model.safetensors", "diffusers")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(formats, "write_text", stopped)
+        weights.save_adapter(new, tmp_path / "peft", "peft")
+    assert formats.read(tmp_path / "peft").alpha_from == ""
     weights.save_adapter(new, tmp_path / "peft", "peft")
     assert "alpha 64" in weights.load_adapter(build(WanDiT), tmp_path / "peft")
 

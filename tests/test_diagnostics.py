@@ -12,7 +12,7 @@ from torch import nn
 
 import train
 from helpers import probe_of, toy
-from sdv import diagnostics
+from sdv import diagnostics, objectives
 from sdv.data.rows import Pairs
 from sdv.diagnostics import SUBSPACE, compare, directions, probe
 from sdv.lora import lora_modules, lora_parameters
@@ -20,6 +20,7 @@ from sdv.models.cogvideox_dit import CogVideoXDiT
 from sdv.models.wan_dit import WanDiT
 from sdv.run import held_out
 from sdv.run import report as diagnostics_report
+from sdv.seeds import PROBE, PROBE_PAIR
 from sdv.surgery import Surgery, dot, project
 
 MEDIA = Path(__file__).parent / "media"
@@ -93,6 +94,44 @@ def test_the_correction_finds_the_cosine_that_noise_hides():
     for name, value in truth.items():
         covered = sum(row[name][1] <= value <= row[name][2] for row in rows) / len(rows)
         assert covered > 0.75, (name, covered)  # nominally 0.9; four micro-batches say little of their spread
+
+
+def test_cosines_are_means_over_all_pairs_of_halves():
+    g = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    (found,) = diagnostics.with_intervals((g @ g.T)[None])
+    unit, products, norms = g / g.norm(dim=1, keepdim=True), g @ g.T, g.norm(dim=1)
+    truth = {
+        "cross": (unit[:2] @ unit[2:].T).mean(), "identity": unit[0] @ unit[1], "motion": unit[2] @ unit[3],
+        "corrected": products[:2, 2:].mean() / (products[0, 1] * products[2, 3]).sqrt(),
+        "norm_identity": norms[:2].mean(), "norm_motion": norms[2:].mean(),
+        "noise_identity": norms[:2].square().mean() / products[0, 1] - 1,
+        "noise_motion": norms[2:].square().mean() / products[2, 3] - 1,
+    }  # fmt: skip
+    for name, value in truth.items():
+        assert found[name][0] == pytest.approx(value.item(), rel=5e-5), name  # five digits are written
+
+
+def test_two_negative_yardsticks_make_no_positive_one():
+    g = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [0.1, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    (found,) = diagnostics.with_intervals((g @ g.T)[None])
+    assert found["identity"][0] < 0 and found["motion"][0] < 0 and found["corrected"][0] is None
+
+
+def test_bootstrap_halves_are_all_but_one_of_all_micro_batches(monkeypatch):
+    picks, halves_of = [], diagnostics.halves_of
+    monkeypatch.setattr(diagnostics, "halves_of", lambda pick, m: picks.append(pick) or halves_of(pick, m))
+    diagnostics.with_intervals(torch.eye(16, dtype=torch.float64)[None] + 1)
+    _, drawn = picks
+    assert drawn.shape[1:] == (4, 3) and drawn.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_an_interval_of_which_a_part_is_undefined_has_no_end():
+    """Of three drawn gradients two or more are the one of -1.5 with probability 0.16: no signal is left."""
+    g = torch.ones(16, 1, dtype=torch.float64)
+    g[3] = -1.5
+    (found,) = diagnostics.with_intervals((g @ g.T)[None])
+    assert found["corrected"][0] > 0 and found["corrected"][1:] == [None, None]
+    assert None not in found["signal_identity"] and found["cross"][1] is not None
 
 
 def test_without_signal_nothing_is_claimed():
@@ -169,6 +208,56 @@ def test_the_null_is_what_a_shared_adapter_gives_for_nothing():
     left, right = torch.tensor(found).mean(0).tolist()
     assert left == pytest.approx(k / out, rel=0.1)
     assert right == pytest.approx(k / rank, rel=0.1)
+
+
+def test_both_factors_of_a_random_update_are_drawn_apart(monkeypatch):
+    drawn, real = [], diagnostics.with_random
+    monkeypatch.setattr(
+        diagnostics, "with_random", lambda grads, rng: drawn.append(rng.initial_seed()) or real(grads, rng)
+    )
+    module = SimpleNamespace(lora_A=torch.randn(4, 9), lora_B=torch.randn(8, 4))
+    for seed in (0, 1):
+        diagnostics.subspaces(torch.randn(4, 4, 9), torch.randn(4, 8, 4), module, 2, seed)
+    assert len(set(drawn)) == 4
+
+
+def test_a_comparison_is_the_mean_over_its_pairs_of_halves():
+    rng = torch.Generator().manual_seed(0)
+    shapes = (4, 9), (8, 4), (4, 4, 9), (4, 8, 4)
+    a, b, grad_a, grad_b = (torch.randn(*shape, generator=rng) for shape in shapes)
+    found = diagnostics.subspaces(grad_a, grad_b, SimpleNamespace(lora_A=a, lora_B=b), 2, 0)
+    of = [directions(*grads, a, b) for grads in zip(grad_a, grad_b, strict=True)]
+    pairs = torch.stack([compare(of[i], of[j], 2) for i in (0, 1) for j in (2, 3)])
+    assert found["cross"] == pytest.approx(pairs.mean(0).tolist(), rel=1e-3)
+
+
+def test_subspaces_are_of_the_four_halves_in_their_order():
+    model = toy(zero_b=True)
+    zero = {name: torch.zeros_like(p) for name, p in lora_parameters(model).items()}
+
+    def writes_from(first):
+        """Gradients of B in four outputs from this one on."""
+        grads = {name: g.clone() for name, g in zero.items()}
+        for name in grads:
+            if name.endswith("B"):
+                grads[name].flatten(1)[first : first + 4] = torch.diag(torch.tensor([4.0, 3, 2, 1]))
+        return grads
+
+    row = probe_of(model, [writes_from(first) for first in (0, 4) for _ in range(4)])
+    at = SUBSPACE.index("left overlap")
+    for found in row["modules"].values():
+        overlaps = [found[kind][at] for kind in ("identity", "motion", "cross")]
+        assert overlaps == pytest.approx([1, 1, 0], abs=1e-5)
+
+
+def test_subspaces_have_eight_directions_or_half_of_the_rank(monkeypatch):
+    asked = []
+    monkeypatch.setattr(diagnostics, "subspaces", lambda a, b, module, k, seed: asked.append(k))
+    for rank, k in ((1, 1), (4, 2), (20, 8)):
+        model = toy(rank)
+        probe_of(model, [{name: torch.ones_like(p) for name, p in lora_parameters(model).items()}] * 4)
+        assert asked == [k] * len(lora_modules(model))
+        asked.clear()
 
 
 def test_a_convolution_is_its_flat_matrix():
@@ -278,8 +367,8 @@ def test_a_probe_must_not_see_what_is_trained_on(tmp_path, monkeypatch):
     held_out.check_unseen([rows_of("ab")], [rows_of("cd"), rows_of("e")])
     Path("x/h").hardlink_to("x/a")
     Path("x/k").write_text("a")
-    for twin in "ahk":
-        with pytest.raises(ValueError, match=f"x/{twin}: is held out .* and trained on .x/a."):
+    for twin, trained in zip("ahkb", "aaab", strict=True):
+        with pytest.raises(ValueError, match=f"x/{twin}: is held out .* and trained on .x/{trained}."):
             held_out.check_unseen([rows_of("c" + twin)], [rows_of("ab")])
 
 
@@ -301,6 +390,64 @@ def test_references_are_hidden_equally_often_in_both_halves():
         gone = [pair.keep is not None and not len(pair.keep) for pair in pairs(p_drop=p_drop)]
         assert [sum(gone[first : first + 4]) for first in (0, 4, 8, 12)] == [0, 0, hidden, hidden]
     assert len({len(pair.keep) for pair in pairs(dropout="tokens")[8:]}) > 2  # neither all nor none
+
+
+def test_every_held_out_sample_has_draws_of_its_own():
+    drawn = [
+        held_out.fixed_draws(stream, task, micro, 3)
+        for stream in (PROBE, PROBE_PAIR)
+        for task in (0, 1)
+        for micro in (0, 1)
+    ]
+    names = [rng.initial_seed() for draws in drawn for rng in (draws.shared, *draws.each)]
+    assert len(set(names)) == len(names) == 8 * 4
+
+
+def test_held_out_pairs_are_whole_and_the_same_whenever_they_are_asked(monkeypatch):
+    """With all that a run drops and moves; what a pair looks at, and its noise, have streams of their own."""
+    clip = {"clip": torch.randn(1, 3, 1, 8, 8), "prompt": ["a"]}
+    asked, fixed_draws = [], held_out.fixed_draws
+    monkeypatch.setattr(held_out, "halves", lambda rows, batches, size: [clip] * 2)
+    monkeypatch.setattr(held_out, "fixed_draws", lambda *key: asked.append(key) or fixed_draws(*key))
+    monkeypatch.setattr(held_out, "denoising_loss", lambda dit, schedule, pair, draws: pair)
+    enc = train.Encoders(lambda x: x, lambda prompts: prompts, 4)
+    cfg = train.Config(text_drop=1.0, ref_shift=0.5, p_drop=0.0, val_batches=1, motion_batch=1)
+    losses = held_out.held_out_losses({"motion": None}, train.PAIR_OF, enc, None, None, cfg)["motion"]
+    for pair in [loss() for loss in losses * 2]:
+        assert pair.text == ["a"] and pair.ref.equal(clip["clip"]) and pair.keep is None
+    assert asked == [(stream, 1, i, 1) for stream in (PROBE_PAIR, PROBE, PROBE) for i in (0, 1)]
+
+
+def test_held_out_micro_batches_are_as_large_as_those_that_train(monkeypatch):
+    asked = []
+    monkeypatch.setattr(held_out, "halves", lambda rows, *how: asked.append((rows, *how)) or [])
+    cfg = train.Config(val_batches=5, identity_batch=3, motion_batch=2)
+    held_out.held_out_losses({"identity": "pairs", "motion": "clips"}, train.PAIR_OF, None, None, None, cfg)
+    assert asked == [("pairs", 5, 3), ("clips", 5, 2)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_held_out_batches_and_spare_ones_count_for_nothing(monkeypatch, rank):
+    """Three batches and two processes: in the second round the second one repeats the last batch."""
+    rounds, asked, waiting = [(0, 1), (2, 2)], [], []
+
+    def found(i):
+        return objectives.Losses(None, torch.tensor([float(i)]), torch.tensor([i + 0.5]))
+
+    def loss(i):
+        asked.append(i)
+        waiting.extend(found(rounds[len(asked) - 1][1 - rank])[1:])  # of the other process
+        return found(i)
+
+    def gather(x):
+        both = x, waiting.pop(0)[None]
+        return torch.cat(both if rank == 0 else both[::-1])
+
+    monkeypatch.setattr(held_out, "ranks", lambda: (rank, 2))
+    monkeypatch.setattr(held_out, "gather", gather)
+    monkeypatch.setattr(held_out, "summary", lambda each, t, steps: (each.tolist(), t.tolist()))
+    assert held_out.validate([partial(loss, i) for i in range(3)], 1000) == ([0, 1, 2], [0.5, 1.5, 2.5])
+    assert asked == [both[rank] for both in rounds]
 
 
 # Words
@@ -341,6 +488,13 @@ def test_shares_of_energy_of_unequal_updates():
     found = dict(zip(SUBSPACE, compare(*of, 2).tolist(), strict=True))
     assert found["left second in first"] == pytest.approx(13 / 14)
     assert found["left first in second"] == pytest.approx(20 / 21)
+
+
+def test_a_small_direction_is_one_too():
+    a, b, grad = torch.eye(4, 10), torch.zeros(12, 4), torch.zeros(12, 4)
+    grad[0, 0], grad[1, 1] = 4, 0.004
+    of = directions(torch.zeros(4, 10), grad, a, b)
+    assert compare(of, of, 2)[0].item() == pytest.approx(1) and compare(of, of, 3).isnan().all()
 
 
 def test_updates_of_fewer_directions_than_asked_for_are_not_compared():

@@ -10,8 +10,18 @@ from torch import nn
 
 import weights
 from benchmarks.models import TARGETS
-from helpers import load_dit, random_inputs, relative_error, stock_predict
-from sdv.lora import LinearSum, act_on_reference, add_lora, lora_modules, lora_parameters, merge
+from helpers import build, load_dit, random_inputs, relative_error, stock_predict
+from sdv.lora import (
+    LinearSum,
+    act_on_reference,
+    acts_on,
+    adapt,
+    add_lora,
+    lora_modules,
+    lora_parameters,
+    merge,
+)
+from sdv.models.wan_dit import WanDiT
 from sdv.objectives import Pair, denoising_loss, draws_of
 from sdv.schedule import VPrediction
 from sdv.seeds import generator
@@ -204,3 +214,42 @@ def test_a_fresh_a_is_drawn_as_in_peft_and_dropout_rests_in_eval_mode():
     module.dropout, x = 0.5, torch.randn(3, 256)
     nn.init.ones_(module.lora_B)
     assert torch.equal(model.eval()(x), model(x)) and not torch.equal(model.train()(x), model(x))
+
+
+def test_a_convolution_is_that_of_the_merged_weight_and_drops_nothing_in_eval_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=(3, 1), padding=(1, 2)))
+    (module,) = add_lora(model, 4, 2.0, ("0",)).values()
+    nn.init.normal_(module.lora_B)
+    x, whole = torch.randn(2, 3, 9, 8), module.weight + module.delta()
+    wanted = nn.functional.conv2d(x, whole, module.bias, (3, 1), (1, 2))
+    module.dropout = 0.5
+    torch.testing.assert_close(model.eval()(x), wanted)
+    assert relative_error(model.train()(x), wanted) > 0.01
+
+
+def test_a_target_is_whole_words_of_a_path_and_fits_something():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q", "to_q")})
+    assert list(add_lora(model, 2, 2.0, ("q",))) == ["q"]
+    with pytest.raises(ValueError, match="fit no Linear or Conv2d of it: k"):
+        add_lora(model, 2, 2.0, ("k", "to_q"))
+
+
+@pytest.mark.parametrize("tokens", ["all", "ref"])
+def test_a_new_lora_is_in_all_targets_of_a_model_or_in_the_visual_ones(tokens):
+    dit = build(WanDiT)
+    wanted = dit.lora_targets if tokens == "all" else dit.visual_targets
+    found = adapt(dit, 2, 2.0, tokens=tokens)
+    assert {path.split(".", 2)[2] for path in found} == set(wanted) and acts_on(dit) == tokens
+
+
+def test_in_a_bf16_model_a_lora_is_fp32_and_its_sum_is_rounded_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    (module,) = add_lora(model, 4, 2.0, ("0",)).values()
+    assert module.lora_A.dtype == module.lora_B.dtype == torch.float32
+    for half in (module.lora_A, module.lora_B):  # of few bits: fp32 has their products and sums exactly
+        half.data = torch.randint(-100, 101, half.shape) / 1024
+    exact = module.weight.double() + 0.5 * module.lora_B.double() @ module.lora_A.double()
+    merge(model)
+    assert torch.equal(module.weight, exact.bfloat16())

@@ -22,6 +22,7 @@ from helpers import (
     four_pairs,
     losses,
 )
+from sdv.data import loader
 from sdv.data.loader import locate
 from sdv.run import parallel
 
@@ -99,9 +100,9 @@ def test_signals_are_noted_and_a_second_ctrl_c_ends_at_once():
     def others(number: int, frame: object) -> None:
         pass
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number in loader.ENDING:
         before = signal.signal(number, others)
-        with parallel.signals_noted("cpu") as stop_if_asked:
+        with parallel.signals_noted(loader.ENDING, "cpu") as stop_if_asked:
             stop_if_asked()
             os.kill(os.getpid(), number)
             with pytest.raises(parallel.Stopped):
@@ -109,7 +110,7 @@ def test_signals_are_noted_and_a_second_ctrl_c_ends_at_once():
             with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else nullcontext():
                 os.kill(os.getpid(), number)
         assert signal.signal(number, signal.SIG_IGN) is others
-        with parallel.signals_noted("cpu") as stop_if_asked:  # as nohup wants it
+        with parallel.signals_noted(loader.ENDING, "cpu") as stop_if_asked:  # as nohup wants it
             os.kill(os.getpid(), number)
             stop_if_asked()
             with pytest.raises(parallel.Stopped) as stopped:

@@ -284,8 +284,15 @@ def test_plan_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tiny, tmp
     assert not (tmp_path / "run").exists()
     assert "this CPU as it is now" in said and "--cache FOLDER" in said
 
-    peak = {line[:54].strip(): line[54:].split()[0] for line in said.splitlines() if "time x" in line}
+    peak = {
+        line[:54].strip(): line[54:].split()[0]
+        for line in said.splitlines()
+        if "peak" not in line and " GB, time" in line
+    }
     assert float(peak["--keep-attention"]) >= float(peak["as asked"])  # encoding takes more than either
     assert next(float(line.split()[-1]) for line in said.splitlines() if "--keep-attention" in line) < 1
+    assert "for a GPU's numbers: --device cuda --dtype bfloat16" in said
+    for lever in ("--shard, 8 processes", "--base-storage cpu"):  # the plan does not time copies
+        assert next(line for line in said.splitlines() if lever in line).endswith("GB, time not known")
     for lever in ("--cache FOLDER", "--rank 2", "--shard, 8 processes"):
         assert float(peak[lever]) < float(peak["as asked"]), lever

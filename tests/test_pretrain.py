@@ -1,5 +1,6 @@
 """How the micro-world's base is made: optimisers beside torch's, whitening, runs that are stopped."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def base(tmp_path, monkeypatch):
     """In a folder of its own."""
     monkeypatch.setattr(pretrain, "home", lambda cfg: tmp_path / "toy")
     return begun(tmp_path)
+
+
+def test_a_base_that_was_there_is_kept(base, monkeypatch, tmp_path):
+    """By the stage that begins anew; and the next time that is refused."""
+    whole = {file.name: file.read_bytes() for file in (base / "toy/vae").iterdir()}
+    again = Config("new", out=str(tmp_path / "again"), **SMALL)
+    Path(again.out).mkdir()
+    pretrain.begin(again)
+    kept = Path(again.out) / "before" / "vae"
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == whole
+    assert not list((base / "toy").glob("*/*.safetensors"))
+    shutil.copytree(kept, base / "toy/vae", dirs_exist_ok=True)
+    with pytest.raises(FileExistsError, match="before: keeps a base already"):
+        pretrain.begin(again)
 
 
 class NothingIsReadBack(TorchDispatchMode):

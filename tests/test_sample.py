@@ -1,20 +1,22 @@
 """Sampling beside the whole stock pipeline, loaded by diffusers from a folder that we wrote."""
 
 import dataclasses
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.utils import counters
 
 import sample
 import weights
 from helpers import MEDIA, SIZE, keep_what_is_filmed, relative_error, run
-from sdv.data.media import fit, inspect_clip, read_image
+from sdv.data.media import fit, inspect_clip, read_clip, read_image
 from sdv.lora import adapt, add_lora, lora_modules, lora_parameters
-from sdv.seeds import generator
+from sdv.seeds import generator, normal
 
 CFG = sample.Config(
     backbone="", prompt=("a white dog runs",), height=64, width=96, frames=9, fps=8, steps=4, guidance=6.0,
@@ -139,9 +141,48 @@ def test_guidance_is_the_formula():
     backbone = backbone_of(Telling(), found)
     for picture in (ref, None):
         sample.generate(backbone, text, negative, picture, SMALL, [0])
-    with_ref, without = (prediction.unique().item() for prediction in found)
+    for v in (0.0, 0.5):  # below 1, some of the picture is given up
+        weak = dataclasses.replace(SMALL, guidance=1, ref_guidance=v)
+        sample.generate(backbone, text, negative, ref, weak, [0])
+    with_ref, without, *weak = (prediction.unique().item() for prediction in found)
     assert with_ref == 5 + 7 + (3 - 1) * (5 - 2) + (2.5 - 1) * 7
     assert without == 5 + (3 - 1) * (5 - 2)
+    assert weak == [5, 5 + 0.5 * 7]
+
+
+def test_guidance_hides_the_reference_as_dropout_does(monkeypatch):
+    """By dropping all of its tokens: a call without a reference puts the video elsewhere."""
+    calls, forward = [], Telling.forward
+
+    def noted(self, x, t, text, ref=None, keep=None):
+        calls.append((ref is not None, keep is not None and len(keep) == 0))
+        return forward(self, x, t, text, ref, keep)
+
+    monkeypatch.setattr(Telling, "forward", noted)
+    text, ref = torch.ones(1, 2, 3), torch.ones(1, 4, 1, 2, 2)
+    sample.generate(backbone_of(Telling(), []), text, text, ref, SMALL, [0])
+    plain, other_text, no_tokens = calls
+    assert plain == other_text == (True, False) and no_tokens == (True, True)
+
+
+def test_the_sampler_that_was_asked_for_goes_on_with_the_generators_of_the_noise():
+    seen, backbone, text = [], backbone_of(Telling(), []), torch.ones(1, 2, 3)
+
+    def named(name):
+        def sampler(schedule, denoise, noise, steps, rngs):
+            seen.append((name, noise, normal(noise.shape, rngs)))
+            return noise
+
+        return sampler
+
+    samplers = {name: named(name) for name in ("one", "two")}
+    backbone.schedule = SimpleNamespace(samplers=samplers, default_sampler="one")
+    for name in ("", "one", "two"):
+        sample.generate(backbone, text, text, None, dataclasses.replace(SMALL, sampler=name), [3])
+    assert [name for name, *_ in seen] == ["one", "one", "two"]
+    rng = generator(3)
+    for found in seen[0][1:]:  # the noise, and what the sampler drew
+        assert found[0].equal(torch.randn(found[0].shape, generator=rng))
 
 
 def test_a_prediction_that_is_not_finite_is_told():
@@ -159,7 +200,7 @@ def test_every_flag_reaches_the_film(monkeypatch, tiny, tmp_path):
     options = {"--backbone": tiny, **SIZE, "--adapter": tmp_path / "a.safetensors", "--ref": picture}
     options |= {"--prompt": "a dog", "--negative": "ugly"}
     run(monkeypatch, sample, options | {"--out": tmp_path / "one"})
-    more = {"--merge": "", "--tiling": "", "--fps": 4, "--ref-fit": "pad"}
+    more = {"--merge": "", "--tiling": "", "--fps": 4, "--ref-fit": "pad", "--lora-alpha": 12}
     run(monkeypatch, sample, options | more | {"--out": tmp_path / "two"})
     ours = lora_modules(backbone.dit)
     for arguments, fitted, merged in zip(seen, ("crop", "pad"), (False, True), strict=True):
@@ -171,7 +212,48 @@ def test_every_flag_reaches_the_film(monkeypatch, tiny, tmp_path):
         theirs = lora_modules(found.dit)
         assert found.vae.tiling == merged and ours.keys() == theirs.keys()
         for path, module in theirs.items():
-            whole = ours[path].weight + ours[path].delta()
+            whole = ours[path].weight + (3 if merged else 1) * ours[path].delta()  # alpha was 4
             torch.testing.assert_close(module.weight if merged else module.weight + module.delta(), whole)
     (film,) = (tmp_path / "two").glob("*.mp4")
     assert inspect_clip(film).seconds == pytest.approx(9 / 4)
+
+
+def test_films_in_other_settings_by_another_adapter_or_backbone_are_other_films(monkeypatch, tiny, tmp_path):
+    seen, base = keep_what_is_filmed(monkeypatch), shutil.copytree(tiny, tmp_path / "base")
+    options = {"--backbone": base, **SIZE, "--prompt": "a dog", "--out": tmp_path / "films"}
+    for more in ({}, {"--steps": 3}, {"--negative": "ugly"}, {}):  # the last is the first
+        run(monkeypatch, sample, options | more)
+    assert len(seen) == 3
+    dit = weights.load_backbone(base, parts=("dit",), log=lambda line: None).dit
+    options |= {"--adapter": tmp_path / "a.safetensors"}
+    for module in adapt(dit, 2, 2.0, ("0.attn.q", "1.attn.q")).values():  # one changes its layer, then both
+        nn.init.normal_(module.lora_B)
+        weights.save_adapter(dit, tmp_path / "a.safetensors")
+        run(monkeypatch, sample, options)
+    part = weights.open_backbone(base).parts["dit"]
+    file = base / part.folder / part.file
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    run(monkeypatch, sample, options)
+    assert len(seen) == len(list((tmp_path / "films").glob("*.mp4"))) == 6
+
+
+def test_a_film_of_a_manifest_has_its_own_prompt_picture_and_seed(monkeypatch, tiny, tmp_path):
+    seen, text = keep_what_is_filmed(monkeypatch), weights.load_backbone(tiny, log=lambda line: None).text
+    shots = [{"prompt": "a dog", "seed": 5}, {"prompt": "a cat", "seed": 6}]
+    shots[1]["reference_file_name"] = str(MEDIA / "pairs" / "lawn.jpg")
+    (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, shots)))
+    options = {"--backbone": tiny, **SIZE, "--manifest": tmp_path / "shots.jsonl"}
+    run(monkeypatch, sample, options | {"--out": tmp_path})
+    for shot, (_, texts, negative, ref, _, seeds, *_) in zip(shots, seen, strict=True):
+        assert torch.equal(texts, text([shot["prompt"]])) and torch.equal(negative, text([""]))
+        assert seeds == [shot["seed"]] and (ref is None) == ("reference_file_name" not in shot)
+
+
+def test_a_film_begins_with_its_first_frame(monkeypatch, tiny, tmp_path):
+    levels = torch.linspace(-0.8, 0.8, 9)
+    film = levels[None, None, :, None, None].expand(1, 3, 9, 64, 96)
+    monkeypatch.setattr(sample, "generate", lambda *_: film)
+    run(monkeypatch, sample, {"--backbone": tiny, **SIZE, "--prompt": "a dog", "--out": tmp_path})
+    (file,) = tmp_path.glob("*.mp4")
+    found = read_clip(file, 9, 8, 64, 96).float().mean((0, 2, 3)) / 127.5 - 1
+    assert (found - levels).abs().max() < 0.05

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_any_damage_goes_back_to_the_save_before(tmp_path, name, damage):
     assert saves.newest_whole(tmp_path, QUIET.append)[0].name == "step-000001"
 
 
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_state_runs_no_code_when_it_is_read(tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    torch.save({"step": 2, "past": Touches(tmp_path / "ran")}, tmp_path / "step-000002" / "training.pt")
+    assert saves.newest_whole(tmp_path, QUIET.append)[0].name == "step-000001"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_a_killed_process_left_goes_with_the_next_save(tmp_path):
     for left in (".step-000003.tmp", ".step-000001.old.tmp"):
         (tmp_path / left).mkdir()
@@ -186,6 +204,15 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="config.json: damaged"):
         saves.require_same(tmp_path, {}, {}, {})
+
+
+def test_a_setting_that_had_another_name_or_did_not_count_is_compared(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "config.json").write_text('{"frozen": "fp8", "cut": null}')
+    others = {"base_storage": "device", "cut": 4}, {"frozen": "base_storage"}  # defaults, old names
+    saves.require_same(tmp_path, {"base_storage": "fp8", "cut": 4}, *others)
+    with pytest.raises(ValueError, match="changed: base_storage was 'fp8', is 'device'"):
+        saves.require_same(tmp_path, {"base_storage": "device"}, *others)
 
 
 def test_a_fresh_run_keeps_no_row_of_another(tmp_path):

@@ -151,15 +151,19 @@ def test_ddim_is_of_first_order_and_dpm_is_better():
     assert error(dpm, 40) < 0.5 * error(ddim, 40)
 
 
-def test_samplers_work_in_fp32_whatever_the_network_returns():
-    schedule = VPrediction()
-
+@pytest.mark.parametrize("sampler", [ddim, dpm])
+def test_samplers_work_in_fp32_whatever_the_network_returns(sampler):
     def half(x, t, i):
+        assert x.dtype == torch.float32
         return fake_network(x, t).bfloat16()
 
-    x = ddim(schedule, half, normal(2).bfloat16(), 10)
+    def sampled(noise):
+        rngs = [torch.Generator().manual_seed(i) for i in range(SHAPE[0])]
+        return sampler(VPrediction(), half, noise, 10, rngs)
+
+    x = sampled(normal(2).bfloat16())
     assert x.dtype == torch.float32
-    assert relative_error(x, ddim(schedule, half, normal(2).bfloat16().float(), 10)) == 0
+    assert relative_error(x, sampled(normal(2).bfloat16().float())) == 0
 
 
 def test_draws_are_uniform_over_all_timesteps_and_come_from_the_generator():

@@ -98,6 +98,15 @@ def test_too_little_memory_is_told_with_what_needs_less():
         call(full)
 
 
+def test_ctrl_c_ends_a_command_with_a_line_and_the_shells_number(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        call(main)
+    assert ended.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
 def test_a_line_is_in_a_log_file_as_soon_as_it_is_said(monkeypatch):
     """A step can take two minutes, and Python keeps 8 KB of lines back where no terminal reads them."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
@@ -201,6 +210,14 @@ def test_settings_that_would_do_nothing_are_refused(monkeypatch, tiny, tiny_wan,
     for words in ({"--negative": "ugly"}, {"--dynamic-guidance": ""}):
         with pytest.raises(ValueError, match="--guidance 1 switches guidance off"):
             run(monkeypatch, sample, base | words | {"--guidance": 1})
+    options = {"--backbone": tiny, **RUN, "--out": tmp_path / "run"}
+    for words, match in (
+        ({"--val-every": 50}, "give --val-pairs and --val-clips"),
+        ({"--cache": MEDIA / "pairs"}, "--cache and --out need folders of their own"),
+        ({"--out": MEDIA / "clips"}, "--cache and --out need folders of their own"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run(monkeypatch, train, options | words)
     with pytest.raises(ValueError, match="--dynamic-guidance is of CogVideoX"):
         run(monkeypatch, sample, base | {"--backbone": tiny_wan, "--dynamic-guidance": ""})
 

@@ -149,17 +149,21 @@ def test_the_reference_of_a_clip_is_moved_as_numpy_moves_it_and_only_as_far_as_i
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(monkeypatch, tiny, tmp_path):
     options = {"--backbone": tiny, "--out": tmp_path / "run", "--steps": 5, **RUN, "--p-video": 0}
     monkeypatch.setattr(train, "identity_pair", None)
+    rows = []
 
     def poisoned(batch, enc, cfg, rng, original=train.PAIR_OF["identity"]):
         pair = original(batch, enc, cfg, rng)
         pair.target[1] = float("nan")
+        rows.extend(batch["row"])
         return pair
 
     monkeypatch.setitem(train.PAIR_OF, "identity", poisoned)
     with pytest.raises(
         FloatingPointError, match=r"step 1, identity: the loss of metadata.jsonl:\d [^,]* is not"
-    ):
+    ) as error:
         run(monkeypatch, train, options)
+    good, bad = rows
+    assert bad in str(error.value) and good not in str(error.value)
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(monkeypatch, tiny, tmp_path):
@@ -192,7 +196,6 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(monkeypatch, tiny, tmp_
         ({"--out": MEDIA / "ATTRIBUTION.md"}, FileExistsError, "ATTRIBUTION.md: a file stands in the way"),
         ({"--cache-frames": 4}, ValueError, "--cache"),
         ({"--targets": "attn.x"}, ValueError, "attn.x"),
-        ({"--resume": ""}, FileNotFoundError, "no save to resume"),
         ({"--backbone": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"--adapter": MEDIA / "pairs" / "lawn.jpg"}, ValueError, "lawn.jpg"),
     ],
@@ -311,12 +314,6 @@ def test_the_finished_model_is_validated_and_the_vae_is_loaded_once(monkeypatch,
     assert [save.name for save in runs.saves(tmp_path / "run")] == ["step-000003"]
 
 
-def test_held_out_pairs_and_losses_draw_apart():
-    key = 0, 3, 1
-    one, two = (held_out.fixed_draws(stream, *key) for stream in (seeds.PROBE, seeds.PROBE_PAIR))
-    assert one.each[0].initial_seed() != two.each[0].initial_seed()
-
-
 def test_a_coin_a_micro_batch_is_resumed_with_the_same_cut_only(monkeypatch, tiny, tmp_path):
     options = {"--backbone": tiny, "--out": tmp_path, **RUN, "--coin": "micro", "--accumulate": 2}
     run(monkeypatch, train, options | {"--steps": 1})
@@ -417,7 +414,7 @@ def test_a_step_that_a_sigterm_interrupts_is_given_up_and_comes_again(monkeypatc
     monkeypatch.setattr(runs, "write_save", lambda *args: (written.append(args[1]), write_save(*args)))
 
     @contextmanager
-    def noted(device):
+    def noted(numbers, device):
         def stop_if_asked(problem=None):
             calls.append(device)
             if len(calls) == moment:
@@ -450,7 +447,7 @@ def test_a_file_that_cannot_be_read_costs_no_step(monkeypatch, tiny, tmp_path, c
     broken.write_bytes(good[:2000])
     with pytest.raises(ValueError, match=broken.name):
         run(monkeypatch, train, same | {"--out": tmp_path / "run", "--verify": 0})
-    assert "stopped after step 2: put a good file in the place of" in capsys.readouterr().out
+    assert "stopped after step 2; --resume goes on" in capsys.readouterr().out
     assert [save.name for save in runs.saves(tmp_path / "run")] == ["step-000002"]
     broken.write_bytes(good)
     run(monkeypatch, train, same | {"--out": tmp_path / "run", "--resume": ""})
@@ -490,7 +487,9 @@ def test_a_run_goes_on_where_all_its_folders_were_moved(monkeypatch, tiny, tmp_p
         folders = {"--backbone": home / "model", "--pairs": home / "pairs", "--clips": f"{home / 'clips'}/"}
         return {**RUN, **folders, "--out": home / "run", "--steps": steps}
 
-    run(monkeypatch, train, options(here, 4) | {"--out": tmp_path / "whole"})
+    run(
+        monkeypatch, train, options(here, 4) | {"--out": tmp_path / "whole", "--resume": ""}
+    )  # no save: begins
     run(monkeypatch, train, options(here, 2))
     here.rename(there)
     run(monkeypatch, train, options(there, 4) | {"--resume": ""})

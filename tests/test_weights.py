@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from weights.tensors import save_module
+from weights.tensors import rename, save_module
 
 
 @pytest.fixture
@@ -108,6 +108,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(broken, damage, error, match):
     damage(broken)
     with pytest.raises(error, match=match):
         load_dit(broken)
+
+
+def test_a_row_of_a_table_of_names_fits_whole_names_and_numbers():
+    names = {"blocks.{}.norm": "a.{}", "blocks.{}.norm1.linear": "b.{}.mod"}
+    assert rename("blocks.12.norm1.linear.weight", names) == "b.12.mod.weight"
+    with pytest.raises(KeyError):
+        rename("blocks.1.norm2.weight", names)
 
 
 def test_fp16_is_refused(tiny):

@@ -34,8 +34,15 @@ from weights.tensors import Checkpoint, plan, read_json, save_module
 HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def require_new(target: Path) -> None:
+    """ValueError if something is there already."""
+    if target.exists() and not (target.is_dir() and not list(target.iterdir())):
+        raise ValueError(f"{target}: is there already; name a new file, or delete it first")
+
+
 def convert(source: Path, target: Path, format: str, alpha: float | None, backbone: str) -> None:
     """Write an adapter in another format."""
+    require_new(target)
     adapter = _read(source, alpha, backbone)
     write(adapter, target, format)
     print(f"{source}: {adapter.format}, {label(adapter.family)}, {adapter}")
@@ -68,8 +75,7 @@ def mean(
     """Write the mean of several adapters of one backbone as one adapter, in the first one's format."""
     if len(source) < 2:
         raise ValueError(f"{target}: name two adapters or more, and after them the file to write")
-    if target.resolve() in {path.resolve() for path in source}:
-        raise ValueError(f"{target}: is one of the adapters; name another file to write")
+    require_new(target)
     if rank is not None:
         require_least("rank", rank, 1)
     adapters = [_read(path, None, backbone) for path in source]

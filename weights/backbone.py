@@ -37,6 +37,8 @@ def open_backbone(path: str | Path) -> Layout:
             f"{path}: a single file, without the configs that say what is in it and, if it is scaled fp8, "
             "with rounded weights. Give the folder of the checkpoint as its authors or diffusers publish it"
         )
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, seen from {Path.cwd()}; name that of a checkpoint")
     return (wan if wan.is_wan(path) else cogvideox).read_layout(path)
 
 

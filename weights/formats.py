@@ -28,6 +28,7 @@ from weights.tensors import Names, read_json, rename, reverse, save_tensors
 
 METADATA = "lora_adapter_metadata"  # peft's settings as JSON, where diffusers looks for them
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SAVED = "adapter.safetensors"  # in a save of train.py
 # Beside them, in every format, since no tool takes there what it does not know:
 PLACE_NOTE = "ref_position"
 TOKENS_NOTE = "lora_tokens"  # "all", or "ref": the reference's alone
@@ -237,8 +238,9 @@ def read(path: Path, family: Family | None = None, alpha: float | None = None) -
 
 
 def adapter_files(path: Path) -> list[Path]:
-    """What an adapter is read from: its file and, if peft wrote it, the settings beside it."""
-    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    """What an adapter is read from: its file, or that in a folder, and the settings peft wrote beside it."""
+    files = [path / name for name in (PEFT_WEIGHTS, SAVED)] if path.is_dir() else [path]
+    file = next(filter(Path.is_file, files), files[0])
     config = file.with_name(PEFT_CONFIG)
     return [file, config] if file.name == PEFT_WEIGHTS and config.is_file() else [file]
 
@@ -290,6 +292,10 @@ def _recognise(
     strange, name, kind, places = min(fits, key=lambda fit: len(fit[0]))
     if strange:
         wanted = label(family) if family else " or ".join(map(label, LAYER_NAMES))
+        if not any(re.search("lora|lycoris|oft|hada|lokr|diff|matrix_", key) for key in places):
+            raise ValueError(
+                f"{path}: {strange[0]} and all others are names of a model's weights: no adapter"
+            )
         reasons = ((key, why) for key in strange for what, why in REFUSED.items() if re.search(what, key))
         key, reason = next(reasons, (strange[0], ""))
         raise ValueError(

@@ -30,7 +30,7 @@ def refuse_twins(films: list[Shot], wanted: list[Shot], listed: Path) -> None:
         if other != film.file:
             raise ValueError(
                 f"{listed}: {other.name} and {film.file.name} have one prompt, reference and seed, and other "
-                "settings: give them folders of their own, or name the films in a --manifest"
+                "settings: give each setting a folder of its own, or a manifest whose lines have a file_name"
             )
 
 

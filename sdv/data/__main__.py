@@ -15,12 +15,22 @@ from pathlib import Path
 import weights
 from sdv.data import importers, media
 from sdv.data.captions import say_cut
-from sdv.data.pixels import say_crop
+from sdv.data.pixels import say_crop, say_enlarged
 from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, left_out, read_lines, say_same_file, scan_rows
 from sdv.data.sheet import write_sheet
 from sdv.data.sizes import MODELS, count_tokens, require_least
 from sdv.run.settings import Parser, run
 
+MEANINGS = {
+    "height": "pixels",
+    "width": "pixels",
+    "frames": "of a clip",
+    "fps": "frames a second that clips are read at",
+    "text": "tokens of a prompt",
+    "spatial_ratio": "pixels of a latent's side",
+    "temporal_ratio": "frames of a latent, after the first",
+    "patch": "latents of a token's side",
+}
 LEAST = {"fps": 0.01, "text": 0, "spatial_ratio": 1, "temporal_ratio": 1, "patch": 1, "workers": 1}
 
 
@@ -86,7 +96,8 @@ def _verdict(row: Row, args: argparse.Namespace) -> tuple[bool, str]:
 def _pair_verdict(row: Row, args: argparse.Namespace) -> list[str]:
     shapes = [media.read_image(path).shape[1:] for path in row.files]
     sizes = ", ".join(f"{path.name} {w}x{h}" for path, (h, w) in zip(row.files, shapes, strict=True))
-    return [sizes, *(say_crop(*shape, args.height, args.width) for shape in shapes), say_same_file(row)]
+    said = (say(*shape, args.height, args.width) for shape in shapes for say in (say_crop, say_enlarged))
+    return [sizes, *said, say_same_file(row)]
 
 
 def _clip_verdict(row: Row, args: argparse.Namespace) -> list[str]:
@@ -95,7 +106,8 @@ def _clip_verdict(row: Row, args: argparse.Namespace) -> list[str]:
     rate = "steady" if clip.steady else "variable rate"
     found = f"{clip.width}x{clip.height}, {clip.frames} frames in {clip.seconds:.2f} s, {rate}"
     odd = media.say_repeats(row.files[0], args.frames, args.fps)
-    return [found, say_crop(clip.height, clip.width, args.height, args.width), odd]
+    size = clip.height, clip.width, args.height, args.width
+    return [found, say_crop(*size), say_enlarged(*size), odd]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,9 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument(
         "--model", choices=MODELS, default="CogVideoX-5b", help="whose sizes to take, if no --backbone"
     )
-    for name in MODELS[one.get_default("model")]:
-        number = float if name == "fps" else int
-        one.add_argument("--" + name.replace("_", "-"), type=number, help="the model's own if not given")
+    for name, meaning in MEANINGS.items():
+        kind = float if name == "fps" else int
+        said = meaning + "; that of --backbone, else of --model, if not given"
+        one.add_argument("--" + name.replace("_", "-"), type=kind, help=said)
     one.add_argument(
         "--backbone", default="", help="checkpoint folder: its sizes, and which captions it cuts"
     )

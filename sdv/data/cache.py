@@ -174,6 +174,8 @@ class Cache:
         new_texts = [(name, prompt) for name, prompt in texts.items() if name not in there]
         new = sum(len(job.fields) for job in jobs)
         said = f"cache: new are {new} of {len(entries)} latents and {len(new_texts)} of {len(texts)} prompts"
+        if others := len(there - entries - texts.keys()):
+            said += f"; {others} in the folder are of other data or settings"
         if self.shards.damaged:
             said += f"; {self.shards.damaged} damaged shards were removed"
         if self.hashes.problem:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 T, R = TypeVar("T"), TypeVar("R")
 RECENT = 2 * 10**9  # nanoseconds; a tick of a file's clock is shorter, even that of FAT
+OFTEN = 60  # seconds between two writings of what has been hashed
 LARGEST_HEADER = 100_000_000  # bytes that a safetensors file may have
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -180,18 +181,25 @@ class Hashes:
 
     def learn(self, paths: Collection[Path]) -> dict[Path, str]:
         """Hash files in parallel, and remember what is new. If that cannot be written, `problem` says so."""
-        self.changed = False
+        self.changed, found, written = False, {}, time.monotonic()
         with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
-            found = dict(zip(paths, pool.map(self, paths), strict=True))
+            for path, name in zip(paths, pool.map(self, paths), strict=True):
+                found[path] = name
+                if time.monotonic() - written > OFTEN:  # terabytes take hours, in which much can end them
+                    self._remember()
+                    written = time.monotonic()
+        self._remember()
+        return found
+
+    def _remember(self) -> None:
         if not self.changed:
-            return found
+            return
         # One just written could be written once more within the same tick of the clock.
-        lasting = {key: entry for key, entry in self.known.items() if key not in self.fresh}
+        known, self.changed = list(self.known.items()), False
         try:
-            write_text(self.memory, json.dumps(lasting))
+            write_text(self.memory, json.dumps({key: entry for key, entry in known if key not in self.fresh}))
         except OSError as error:  # only time is lost
             self.problem = str(error)
-        return found
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], size: int = 256) -> Iterator[R]:

@@ -20,12 +20,16 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def say_crop(height: int, width: int, to_height: int, to_width: int) -> str:
-    """What to say of a picture that `resize` cuts much of, or makes much larger; nothing, of another one."""
+    """What to say of a picture that `resize` cuts much of; nothing, of another one."""
     down, right = to_height / height, to_width / width
-    scale, used = max(down, right), min(down, right) / max(down, right)
-    said = [f"{used:.0%} of {width}x{height} is used"] * (used < 0.6)
-    said += [f"{width}x{height} is enlarged {scale:.1f} times"] * (scale > 2)
-    return ", ".join(said)
+    used = min(down, right) / max(down, right)
+    return f"{used:.0%} of {width}x{height} is used" if used < 0.6 else ""
+
+
+def say_enlarged(height: int, width: int, to_height: int, to_width: int) -> str:
+    """What to say of a picture that `resize` makes more than twice as large; nothing, of another one."""
+    scale = max(to_height / height, to_width / width)
+    return f"{width}x{height} is enlarged {scale:.1f} times" if scale > 2 else ""
 
 
 def resize(

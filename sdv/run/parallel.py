@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sdv.data.loader import ENDING
-
 T = TypeVar("T")
 # How long a rank waits for the others: one may have more to encode for the cache, or to film.
 PATIENCE = timedelta(hours=1)
@@ -73,8 +71,8 @@ class Stopped(Exception):
 
 
 @contextmanager
-def signals_noted(device: str) -> Iterator[Callable[..., None]]:
-    """In it no signal ends anything: the function that it gives raises Stopped once any rank has got one.
+def signals_noted(numbers: Iterable[int], device: str) -> Iterator[Callable[..., None]]:
+    """In it these signals end nothing: the function that it gives raises Stopped once any rank has got one.
 
     It does so as well if any rank gives it a problem, an exception. All ranks have to call it equally often.
     A second Ctrl-C ends a process at once if it is alone (torchrun sends one of its own after the first).
@@ -91,7 +89,7 @@ def signals_noted(device: str) -> Iterator[Callable[..., None]]:
         if gather(torch.tensor([stop], device=device)).any() if ranks()[1] > 1 else stop:
             raise Stopped from problem
 
-    heeded = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
     before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield stop_if_asked

@@ -211,8 +211,10 @@ def timing(cfg: Settings, now: dict[Task, Prediction], reached: Speed | None) ->
     return [
         row("a micro-batch", each, "s"),
         row(f"a step, {cfg.accumulate} micro-batches", [cfg.accumulate * n for n in each], "s"),
-        f"  {cfg.steps} steps: {hours:,.1f} hours, without waiting for data or for other processes",
+        f"  {cfg.steps} steps: {hours:,.1f} hours, without waiting for data or for other processes"
+        + ", or for matrices that are copied or cast" * (cfg.base_storage != "device"),
         f"  at {reached.source}",
+        *["  for a GPU's numbers: --device cuda --dtype bfloat16"] * (not cfg.device.startswith("cuda")),
     ]
 
 
@@ -232,8 +234,9 @@ def report(cfg: Settings, layout: Layout, world: int) -> str:
     pace = reached or Speed(1, 1, 1, "FLOPs alone")
     for name, then, n in levers(cfg, world):
         needs = {t: predict(then, layout, t, n, None if then.cache else encoders[t]) for t in tasks}
-        found[name] = needs, step_seconds(then, needs, pace)
-    now, seconds = found["as asked"]
+        waits = then.shard or then.base_storage != "device"  # for what the plan does not time
+        found[name] = needs, waits and name != "as asked", step_seconds(then, needs, pace)
+    now, _, seconds = found["as asked"]
     here = cfg.device.startswith("cuda") and torch.cuda.is_available()
     room = torch.cuda.get_device_properties(cfg.device).total_memory if here else None
 
@@ -242,8 +245,9 @@ def report(cfg: Settings, layout: Layout, world: int) -> str:
     lines = [f"{size}: one of {world} processes, on {cfg.device}", f"{'a micro-batch':<54}{heads}"]
     lines += [*table(cfg, layout, now), *timing(cfg, now, reached), ""]
     lines.append(f"{'peak memory, step time':<54}{heads}")
-    for name, (needs, then) in found.items():
-        peaks, remark = [one.peak for one in needs.values()], f"GB, time x {then / seconds:.2f}"
+    for name, (needs, waits, then) in found.items():
+        peaks = [one.peak for one in needs.values()]
+        remark = "GB, time not known" if waits else f"GB, time x {then / seconds:.2f}"
         if room:
             remark += f", {'fits' if max(peaks) < room else 'does not fit'} {room / 1e9:.0f} GB"
         lines.append(row(name, [peak / 1e9 for peak in peaks], remark))

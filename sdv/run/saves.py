@@ -82,7 +82,7 @@ def newest_whole(
         if (first := from_first(folder.name)) != folder.name:
             raise OSError(f"{out}: one process reads {folder.name}, the first one {first}; start again")
         return folder, state
-    raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
+    raise FileNotFoundError(f"{out}: none of its saves can be read; give another --out")
 
 
 def _settings(out: Path) -> dict:
@@ -116,8 +116,6 @@ def require_same(out: Path, settings: dict, defaults: dict, renamed: dict[str, s
 
     A setting that did not exist yet when the run began, or did not count, had its default.
     """
-    if not saves(out):
-        raise FileNotFoundError(f"{out}: no save to resume from; leave out --resume")
     stored = {name: value for name, value in _settings(out).items() if value is not None}
     before, now = json.loads(json.dumps(defaults)) | stored, json.loads(json.dumps(settings))
     before |= {new: before[old] for old, new in renamed.items() if old in before}
