@@ -34,7 +34,7 @@ from sdv.data.captions import say_cut
 from sdv.data.files import digest, sampled_hash
 from sdv.data.loader import ENDING, batches
 from sdv.data.media import fit, read_image, write_video
-from sdv.data.rows import Clips, Pairs, Rows, left_out
+from sdv.data.rows import Clips, Pairs, Rows, say_left_out
 from sdv.data.sizes import with_model_defaults
 from sdv.lora import acts_on, adapt, lora_modules, lora_parameters
 from sdv.models.positions import place_reference
@@ -255,7 +255,8 @@ RENAMED = {"frozen": "base_storage"}  # still read in this version
 FREE = {"steps", "resume", "out", "workers", "verify", "cache", "device", "recompute", "save_every"}
 FREE |= {"keep_attention", "keep", "shard", "plan", "tensorboard"}
 FREE |= {"identity_batch", "motion_batch", "accumulate"}  # together they stay the same, see below
-FREE |= {"backbone", "pairs", "clips", "adapter"}  # known by their content, so that they may move
+FREE |= {"backbone", "pairs", "clips"}  # may move: weights are known by content, rows by names and captions
+FREE |= {"adapter"}  # is in the save
 FREE |= {name for name in Config.__dataclass_fields__ if name.startswith(("sample_", "probe_", "val_"))}
 
 
@@ -269,7 +270,6 @@ def kept_settings(cfg: Config, world: int) -> dict:
     kept["cut"], kept["processes"] = (cut, world) if micro else (None, None)
     # A cache may hold only some frames of a clip, and a reference from it is moved by cells of a latent.
     kept["cached"] = bool(cfg.cache) if cfg.cache_frames or cfg.ref_shift else None
-    kept["begun_from"] = Path(cfg.adapter).name
     return kept
 
 
@@ -277,7 +277,7 @@ def refuse_conflicts(cfg: Config) -> None:
     """ValueError for settings that do not go together, before anything is opened."""
     trains_both = 0 < cfg.p_video < 1
     looks = bool(cfg.val_pairs) and bool(cfg.val_every or cfg.probe_every)
-    asked = {cfg.val_every, cfg.probe_every} - {0, Config.val_every, Config.probe_every}  # not by default
+    asked = any(getattr(cfg, name) not in (0, getattr(Config, name)) for name in ("val_every", "probe_every"))
     data, made = (
         {Path(folder).resolve() for folder in folders if folder}
         for folders in ((cfg.pairs, cfg.clips, cfg.val_pairs, cfg.val_clips), (cfg.cache, cfg.out))
@@ -356,9 +356,8 @@ def open_rows(cfg: Config, say: Callable[[str], None]) -> tuple[dict[str, Rows],
     for name, rows in (*data.items(), *(("held out, " + task, rows) for task, rows in unseen.items())):
         odd = rows.verify(cfg.verify)
         say(f"{name}: {len(rows):,} rows of {rows.folder}" + (odd and f"; {odd}"))
-        if isinstance(rows, Clips) and (others := left_out(rows.folder, rows.rows)):
-            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            say(f"  left out of it: {', '.join(others[:5])}{more}")
+        if isinstance(rows, Clips) and (said := say_left_out(rows.folder, rows.rows)):
+            say(f"  {said}")
     return data, unseen
 
 
@@ -493,7 +492,7 @@ def look(step: int, at: Looks, run: Training, cfg: Config, tell: Callable[[str],
             write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i:02d}.mp4", clip, cfg.fps)
 
 
-def asking(feed: Iterator[dict], stop_if_asked: Callable[..., None]) -> Iterator[dict]:
+def stoppable(feed: Iterator[dict], stop_if_asked: Callable[..., None]) -> Iterator[dict]:
     """A task's batches. Before each, all processes stop if one was asked to, or cannot read its own."""
     while True:
         try:
@@ -510,17 +509,24 @@ def train(
     """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a signal.
 
     A step or look that a signal interrupts is given up: the grace that follows is for the save. Batches that
-    cannot be read end it too: their error comes after the save.
+    cannot be read end it too, and lines that cannot be said: their error comes after the save.
     """
     reached, saved, seen, problem, (rank, _) = first, first, dict(run.seen), None, parallel.ranks()
+    mute = []  # why nobody hears what is said: a terminal that was closed, a `tee` that Ctrl-C ended
     hidden = rank > 0 or None  # None: unless a terminal shows it, since a log file has a line for each step
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, unit="step", disable=hidden)
-    tell = bar.write if rank == 0 else say
+
+    def tell(words: str) -> None:
+        try:
+            bar.write(words) if rank == 0 else say(words)
+        except OSError as error:
+            mute.append(error)
+
     with parallel.signals_noted(ENDING, cfg.device) as run.stop_if_asked, bar:
-        run.feeds = {task: asking(feed, run.stop_if_asked) for task, feed in run.feeds.items()}
+        run.feeds = {task: stoppable(feed, run.stop_if_asked) for task, feed in run.feeds.items()}
         try:
             for step in bar:
-                run.stop_if_asked()
+                run.stop_if_asked(*mute[:1])
                 if step > first and step % cfg.save_every == 0:
                     save(Path(cfg.out), step, run, cfg)
                     saved = step
@@ -540,11 +546,12 @@ def train(
             problem = stop.__cause__
         if reached > saved:
             save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
+        if reached == 0 < cfg.steps:
+            tell("stopped before the first step was done: nothing is saved; start again")
+        elif reached < cfg.steps:
+            tell(f"stopped after step {reached}; --resume goes on (a file may be replaced, not its row)")
     run.stop_if_asked = lambda: None
     if problem:
-        tell(
-            f"stopped after step {reached}; --resume goes on: a bad file may be replaced, its row has to stay"
-        )
         raise problem
     return reached
 
@@ -579,7 +586,7 @@ def main() -> int | None:
     kept["data"] = {task: rows.summary() for task, rows in data.items()}
     kept["model"] = parallel.from_first(rank == 0 and digest(*map(sampled_hash, weights.sources(layout))))
     if cfg.resume:  # a config.json of an older version lacks some of these: they count as the same
-        unknown = {name: kept[name] for name in ("cut", "processes", "cached", "begun_from", "data", "model")}
+        unknown = {name: kept[name] for name in ("cut", "processes", "cached", "data", "model")}
         saves.require_same(out, kept, dataclasses.asdict(Config()) | unknown, RENAMED)
     else:
         with torch.device("meta"):  # tried on a model that has shapes and no numbers
@@ -657,11 +664,8 @@ def main() -> int | None:
     reached = train(first, training, looks, history, cfg, say)
 
     # 6. The end: a last look at the adapter that was saved, ready for sample.py and for diffusers.
-    if reached == 0 < cfg.steps:
-        say("stopped before the first step was done: nothing is saved; start again")
-        return 1
     if reached < cfg.steps:
-        return say(f"stopped after step {reached}; --resume goes on from there")
+        return int(reached == 0)  # an error: nothing is saved
     look(reached, looks, training, cfg, say)
     if rank == 0:  # the others may not see its files yet
         if losses and cfg.probe_every:

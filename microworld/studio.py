@@ -24,7 +24,6 @@ import weights
 from microworld import metrics, world
 from sdv.data.media import fit
 from sdv.lora import lora_modules
-from sdv.run import saves as runs
 from sdv.run.settings import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,8 +74,7 @@ def train(out: Path, data: Path, steps: int, **settings: object) -> Path:
     if not adapter.is_file():
         options = RECIPE | {"backbone": TOY, "steps": steps, "save_every": steps} | settings
         options |= {"pairs": data / "pairs", "clips": data / "clips", "cache": data / "cache", "out": out}
-        go_on = ["--resume"] * bool(runs.saves(out))
-        done = subprocess.run([sys.executable, "train.py", *arguments(options), *go_on], cwd=ROOT)
+        done = subprocess.run([sys.executable, "train.py", *arguments(options), "--resume"], cwd=ROOT)
         if done.returncode:
             raise SystemExit(done.returncode)  # train.py has said why
     return adapter

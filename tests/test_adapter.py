@@ -317,10 +317,14 @@ def test_another_file_in_a_peft_folder_is_not_read_by_its_settings(tmp_path):
 
 def test_an_adapter_that_changes_nothing_is_said_to(tmp_path):
     file = tmp_path / "a.safetensors"
-    for b, alpha, nothing in ((1.0, 4.0, False), (0.0, 4.0, True), (1.0, 0.0, True)):
+    half, eighth = torch.float16, torch.float8_e4m3fn
+    for b, alpha, dtype, nothing in (
+        (1.0, 4.0, half, False), (0.0, 4.0, half, True), (1.0, 0.0, half, True),
+        (1.0, 4.0, eighth, False), (0.0, 4.0, eighth, True),
+    ):  # fmt: skip
         dit = build(WanDiT)
         for module in add_lora(dit, 4, alpha, ("attn.q",)).values():
-            module.lora_B.data.fill_(b)
+            module.lora_B.data = module.lora_B.data.fill_(b).to(dtype)
         weights.save_adapter(dit, file)
         assert ("update is zero" in weights.load_adapter(build(WanDiT), file)) == nothing
 

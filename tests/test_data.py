@@ -349,7 +349,7 @@ def test_check_says_what_is_odd_and_what_is_left_out(capsys, copy):
     lines = (clips / "metadata.jsonl").read_text().splitlines()
     (clips / "metadata.jsonl").write_text("\n".join(lines[1:]))
     _, out, _ = run(capsys, "check", clips, "--frames", 13)
-    assert f"left out: {json.loads(lines[0])['file_name']} (clips end with" in out
+    assert f"left out, in no good row: {json.loads(lines[0])['file_name']} (clips end with" in out
 
 
 def test_check_explains_what_it_cannot_do(capsys, tmp_path):

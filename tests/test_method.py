@@ -203,7 +203,7 @@ def test_what_is_learned_with_may_not_change_in_a_run():
         "text_drop": 0.5, "dtype": "float16", "rank": 1, "alpha": 1.0, "ref_frame": "first", "t_shift": 2.0,
         "window": "random", "fps": 3.0, "height": 16, "weight_decay": 1.0, "max_grad_norm": 9.0,
         "pcgrad": "exact", "cls_token": "", "ref_position": "far", "crop_jitter": 0.1,
-        "adapter": "a", "targets": ("q",), "lora_tokens": "ref",
+        "targets": ("q",), "lora_tokens": "ref",
         "view_drop": 0.5, "dropout": "tokens", "base_storage": "fp8",
     }  # fmt: skip
     plain = train.kept_settings(train.Config(), 1)

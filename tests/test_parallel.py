@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
@@ -102,12 +103,13 @@ def test_signals_are_noted_and_a_second_ctrl_c_ends_at_once():
 
     for number in loader.ENDING:
         before = signal.signal(number, others)
-        with parallel.signals_noted(loader.ENDING, "cpu") as stop_if_asked:
+        ends = partial(pytest.raises, KeyboardInterrupt) if number == signal.SIGINT else nullcontext
+        with ends(), parallel.signals_noted(loader.ENDING, "cpu") as stop_if_asked:
             stop_if_asked()
             os.kill(os.getpid(), number)
             with pytest.raises(parallel.Stopped):
                 stop_if_asked()
-            with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else nullcontext():
+            with ends():
                 os.kill(os.getpid(), number)
         assert signal.signal(number, signal.SIG_IGN) is others
         with parallel.signals_noted(loader.ENDING, "cpu") as stop_if_asked:  # as nohup wants it
@@ -134,7 +136,7 @@ def test_a_signal_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path
         time.sleep(0.001)
     if process.poll() is None and number == signal.SIGTERM:
         os.killpg(process.pid, number)
-    assert process.wait(60) == 0
+    assert process.wait(60) == (-number if number == signal.SIGINT else 0)  # so that a shell's loop ends
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
     (save,) = out.glob("step-*")
@@ -155,6 +157,19 @@ def test_a_file_that_one_process_cannot_read_costs_no_step(tiny, tmp_path):
     )
     assert done.returncode and broken.name in done.stderr
     assert [save.name for save in out.glob("step-*")] == ["step-000001"]
+
+
+def test_a_reader_of_its_lines_that_goes_away_costs_no_step(tiny, tmp_path):
+    """As with `| tee` and Ctrl-C, which ends tee at once."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(tiny, out, steps=10_000), cwd=ROOT, env=os.environ | ALONE, stdout=subprocess.PIPE, text=True
+    )
+    said = next(line for line in process.stdout if line.startswith("step"))
+    process.stdout.close()
+    assert process.wait(60) == 141
+    (save,) = out.glob("step-*")
+    assert int(save.name.removeprefix("step-")) >= int(re.search(r"\d+", said)[0])
 
 
 def test_a_torn_save_falls_back_to_the_one_before(tiny, alone, tmp_path):

@@ -2,6 +2,7 @@
 
 import select
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -98,13 +99,12 @@ def test_too_little_memory_is_told_with_what_needs_less():
         call(full)
 
 
-def test_ctrl_c_ends_a_command_with_a_line_and_the_shells_number(capsys):
-    def main() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as ended:
-        call(main)
-    assert ended.value.code == 130 and capsys.readouterr().err == "stopped\n"
+def test_ctrl_c_ends_a_command_with_a_line_and_a_shells_loop_with_it():
+    """Which goes on after a program that ends by itself, with whatever status."""
+    script = "import os, signal; from sdv.run.settings import run\n"
+    script += "run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "stopped\n")
 
 
 def test_a_line_is_in_a_log_file_as_soon_as_it_is_said(monkeypatch):
@@ -212,7 +212,8 @@ def test_settings_that_would_do_nothing_are_refused(monkeypatch, tiny, tiny_wan,
             run(monkeypatch, sample, base | words | {"--guidance": 1})
     options = {"--backbone": tiny, **RUN, "--out": tmp_path / "run"}
     for words, match in (
-        ({"--val-every": 50}, "give --val-pairs and --val-clips"),
+        ({"--val-every": 25}, "give --val-pairs and --val-clips"),  # 25 and 100 are each other's defaults
+        ({"--probe-every": 100}, "give --val-pairs and --val-clips"),
         ({"--cache": MEDIA / "pairs"}, "--cache and --out need folders of their own"),
         ({"--out": MEDIA / "clips"}, "--cache and --out need folders of their own"),
     ):

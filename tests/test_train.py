@@ -542,7 +542,7 @@ def test_a_run_of_an_earlier_version_goes_on(monkeypatch, tiny, tmp_path):
     """Whose config.json lacks what later ones have, and has null where processes did not count."""
     options = {"--backbone": tiny, **RUN, "--lora-dropout": 0.2, "--out": tmp_path}
     run(monkeypatch, train, options | {"--steps": 1})
-    config, new = json.loads((tmp_path / "config.json").read_text()), ("data", "model", "begun_from", "cut")
+    config, new = json.loads((tmp_path / "config.json").read_text()), ("data", "model", "cut")
     old = {name: value for name, value in config.items() if name not in new} | {"processes": None}
     (tmp_path / "config.json").write_text(json.dumps(old))
     run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})

@@ -307,7 +307,7 @@ def test_hidden_files_are_nobodys_and_others_are_told(tmp_path, capsys):
     code, out = check(capsys, tmp_path)
     assert code == 0
     assert "2 clips: 2 ok, 0 bad" in out
-    assert ": b.ogv, b.txt, c.txt\n" in out
+    assert "left out, in no good row: b.ogv, b.txt, c.txt (clips end with" in out
 
 
 def test_captions_that_are_cut_are_counted(tmp_path, capsys, tiny):

@@ -36,7 +36,7 @@ HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 def require_new(target: Path) -> None:
     """ValueError if something is there already."""
-    if target.exists() and not (target.is_dir() and not list(target.iterdir())):
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target}: is there already; name a new file, or delete it first")
 
 

@@ -60,7 +60,7 @@ def load_adapter(dit: nn.Module, path: str | Path, alpha: float | None = None) -
         parameter.requires_grad_()  # add_lora froze what the one before it had added
     if adapter.notes.get(TOKENS_NOTE) == "ref":
         act_on_reference(dit)
-    nothing = not any((update.scale * update.B).any() for update in adapter.updates.values())
+    nothing = not any(update.scale and update.B.any() for update in adapter.updates.values())
     return f"{path}: {adapter}" + "; its update is zero: it changes nothing" * nothing
 
 

@@ -103,7 +103,7 @@ class Pickle:
 
 
 def _require_weights(stored: Checkpoint | Pickle) -> None:
-    if not set(stored.dtypes().split("/")) <= WEIGHTS:
+    if not set(filter(None, stored.dtypes().split("/"))) <= WEIGHTS:
         raise ValueError(
             f"{stored.folder}: stored as {stored.dtypes()}: a copy for inference, rounded, and meaningless "
             "without its scales. Download the bf16 or fp32 files."

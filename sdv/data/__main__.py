@@ -16,7 +16,7 @@ import weights
 from sdv.data import importers, media
 from sdv.data.captions import say_cut
 from sdv.data.pixels import say_crop, say_enlarged
-from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, left_out, read_lines, say_same_file, scan_rows
+from sdv.data.rows import CLIP, CLS, ENDINGS, PAIR, Row, read_lines, say_left_out, say_same_file, scan_rows
 from sdv.data.sheet import write_sheet
 from sdv.data.sizes import MODELS, count_tokens, require_least
 from sdv.run.settings import Parser, run
@@ -60,8 +60,8 @@ def check(args: argparse.Namespace) -> int:
         for good, verdict in pool.map(partial(_verdict, args=args), rows):
             print(f"{'ok ' if good else 'BAD'}  {verdict}")
             bad += not good
-    if fields == CLIP and (others := left_out(Path(args.folder), rows)):
-        print(f"left out: {', '.join(others)} (clips end with {' '.join(sorted(ENDINGS))})")
+    if fields == CLIP and (said := say_left_out(Path(args.folder), rows)):
+        print(f"{said} (clips end with {' '.join(sorted(ENDINGS))})")
     if tokens_of:
         said = say_cut(((row.origin, row.prompt) for row in rows), *tokens_of)
         print(said or f"no caption is cut: all have {tokens_of[1]} tokens or less")

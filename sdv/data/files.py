@@ -194,10 +194,12 @@ class Hashes:
     def _remember(self) -> None:
         if not self.changed:
             return
+        self.changed = False  # first: what a thread adds from here on is written the next time
+        known = list(self.known.items())
         # One just written could be written once more within the same tick of the clock.
-        known, self.changed = list(self.known.items()), False
+        lasting = {key: entry for key, entry in known if key not in self.fresh}
         try:
-            write_text(self.memory, json.dumps({key: entry for key, entry in known if key not in self.fresh}))
+            write_text(self.memory, json.dumps(lasting))
         except OSError as error:  # only time is lost
             self.problem = str(error)
 

@@ -23,7 +23,7 @@ from sdv.data.captions import clean_caption, to_utf8
 from sdv.data.files import digest, parse_json, write_whole
 from sdv.data.import_log import Outcome, finish, walk
 from sdv.data.media import check_length, decode_image, encode_png, inspect_clip, say_repeats
-from sdv.data.rows import CLIP, find_file, left_out, scan_rows
+from sdv.data.rows import CLIP, find_file, say_left_out, scan_rows
 from sdv.data.sizes import require_least
 
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
@@ -240,8 +240,8 @@ def list_videos(
         listed = [(row.origin, row.files[0], row.prompt) for row in rows]
         parts = (problem.partition(": ") for problem in problems)
         dropped = [Outcome(origin, (), "no usable row", detail) for origin, _, detail in parts]
-        if others := left_out(source, rows):
-            print(f"left out, not listed or no clips by their endings: {', '.join(others)}")
+        if said := say_left_out(source, rows):
+            print(said)
     else:
         listed, dropped = read_table(source, path_column, caption_column, Path(root or source.parent))
     found, seen = [], {}

@@ -4,7 +4,6 @@ A pairs folder holds metadata.jsonl with rows {"reference_file_name", "target_fi
 folder rows {"file_name", "prompt"}, or clip.mp4 beside clip.txt. Hidden files are skipped.
 """
 
-import os
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -78,18 +77,22 @@ def _attempt(read: Callable[[], Row]) -> tuple[Row | None, str]:
         return None, str(error)
 
 
-def left_out(folder: Path, rows: list[Row]) -> list[str]:
-    """Names in a folder of clips that are in none of its rows.
+def say_left_out(folder: Path, rows: list[Row]) -> str:
+    """What to say of files in a folder of clips that are in no good row; nothing, if there are none.
 
-    With a metadata.jsonl these are clips that it does not list; else, all that is neither a clip, by its
-    ending, nor the caption of one.
+    With a metadata.jsonl these are clips; else, all that is neither a clip, by its ending, nor its caption.
     """
-    clips = [path for path in _visible(folder) if _is_clip(path)]
+    files = _visible(folder)
     if (folder / "metadata.jsonl").is_file():
         listed = {path for row in rows for path in row.files}
-        return [path.name for path in clips if path not in listed]
-    known = {*clips, *(find_file(folder, f"{path.stem}.txt") for path in clips)}
-    return [path.name for path in _visible(folder) if path not in known]
+        others = [path for path in files if _is_clip(path) and path not in listed]
+    else:
+        known = {unicodedata.normalize("NFC", f"{path.stem}.txt") for path in files if _is_clip(path)}
+        names = {path: unicodedata.normalize("NFC", path.name) for path in files if not _is_clip(path)}
+        others = [path for path, name in names.items() if name not in known]
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    named = ", ".join(path.name for path in others[:5])
+    return f"left out, in no good row: {named}{more}" if others else ""
 
 
 def say_same_file(pair: Row) -> str:
@@ -194,7 +197,7 @@ class Rows(Dataset):
 
     def summary(self) -> str:
         """How many, and a name made of their prompts and their files' paths in the folder."""
-        paths = ([os.path.relpath(file, self.folder) for file in row.files] for row in self.rows)
+        paths = ([str(file.relative_to(self.folder)) for file in row.files] for row in self.rows)
         named = [[files, row.prompt] for files, row in zip(paths, self.rows, strict=True)]
         return f"{len(named)} rows, {digest(named)[:8]}"
 
@@ -228,7 +231,7 @@ class Rows(Dataset):
         try:
             self.load(index, generator(index))
             oddity = self.oddity(row)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return str(error), ""
         return "", oddity and f"{row.origin}: {oddity}"
 

@@ -75,7 +75,8 @@ def signals_noted(numbers: Iterable[int], device: str) -> Iterator[Callable[...,
     """In it these signals end nothing: the function that it gives raises Stopped once any rank has got one.
 
     It does so as well if any rank gives it a problem, an exception. All ranks have to call it equally often.
-    A second Ctrl-C ends a process at once if it is alone (torchrun sends one of its own after the first).
+    Ctrl-C is raised at the end, so that a shell's loop ends; a second one at once, if the process is alone
+    (torchrun sends one of its own after the first).
     """
     got = []
 
@@ -96,6 +97,8 @@ def signals_noted(numbers: Iterable[int], device: str) -> Iterator[Callable[...,
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if signal.SIGINT in got:
+        raise KeyboardInterrupt
 
 
 def from_first(value: T) -> T:

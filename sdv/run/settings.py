@@ -57,7 +57,6 @@ train.py --plan says what each of its settings saves."""
 KILLED = "DataLoader worker (pid"
 FEWER_WORKERS = """
 A process that decodes was ended: give fewer --workers, or more memory (also in /dev/shm)."""
-INTERRUPTED = 130  # as shells say that Ctrl-C ended a command
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
@@ -170,8 +169,8 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
         status = CLOSED_PIPE
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        status = INTERRUPTED
+        sys.excepthook = lambda *_: print("stopped", file=sys.stderr)
+        raise  # Python then dies of the signal, by which a shell knows that its loop ends, too
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"error: {str(error).splitlines()[0]}\n{OUT_OF_MEMORY}") from error
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
