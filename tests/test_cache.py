@@ -13,6 +13,7 @@ from threading import Barrier
 import pytest
 import torch
 
+import sample
 import train
 import weights
 from helpers import MEDIA, ROOT, RUN, assert_same, full_disk, losses, run
@@ -20,6 +21,7 @@ from sdv.data import cache as cache_module
 from sdv.data import files
 from sdv.data.cache import Cache, Cached, Networks
 from sdv.data.rows import Clips, Pairs
+from sdv.run.films import Shot
 
 SIDES = 64, 96
 
@@ -398,3 +400,18 @@ def test_latents_are_written_before_all_are_there(monkeypatch, tiny, tmp_path):
         {"--backbone": tiny, "--steps": 1, **RUN, "--cache": tmp_path / "cache", "--out": tmp_path / "run"},
     )
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) > 10
+
+
+def test_a_cache_holds_what_films_are_asked_for_and_as_many_frames_as_asked(tiny, tmp_path):
+    cfg = train.Config(
+        backbone=str(tiny), height=64, width=96, frames=9, fps=8.0, device="cpu", dtype="float32",
+        cache=str(tmp_path), cache_frames=3, text_drop=0.1,
+    )  # fmt: skip
+    shots, film_cfg = [Shot("a dog", None, 0)], sample.Config(str(tiny), negative="ugly")
+    folders = [Clips(MEDIA / "clips", 9, 8, 64, 96)]
+    layout = weights.open_backbone(tiny)
+    enc, vae, store = train.open_encoders(cfg, layout, folders, shots, film_cfg, lambda *words: None)
+    said = [folders[0].rows[0].prompt, "a dog", "ugly", ""]  # the last where captions are dropped
+    plain = weights.load_backbone(tiny, parts=("text",), log=lambda line: None).text
+    assert torch.equal(enc.text(said), torch.cat([plain([prompt]) for prompt in said]))
+    assert Cached(folders[0], store)[0]["frames"].shape[1] == 3 and vae is not None
