@@ -332,7 +332,7 @@ def test_an_adapter_that_changes_nothing_is_said_to(tmp_path):
 def test_the_folder_of_a_save_is_read_as_its_adapter(tmp_path):
     dit = plain(WanDiT)
     weights.save_adapter(dit, tmp_path / "step-000004" / "adapter.safetensors")
-    again, said = reloaded(WanDiT, tmp_path / "step-000004")
+    again, _ = reloaded(WanDiT, tmp_path / "step-000004")
     assert_same(deltas(again), deltas(dit))
     assert formats.adapter_files(tmp_path / "step-000004") == [
         tmp_path / "step-000004" / "adapter.safetensors"

@@ -12,17 +12,7 @@ from functools import partial
 
 import pytest
 
-from helpers import (
-    CALM,
-    MEDIA,
-    ROOT,
-    RUN,
-    argv,
-    assert_close,
-    assert_same,
-    four_pairs,
-    losses,
-)
+from helpers import CALM, MEDIA, ROOT, RUN, argv, assert_close, assert_same, four_pairs, losses
 from sdv.data import loader
 from sdv.data.loader import locate
 from sdv.run import parallel

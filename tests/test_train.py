@@ -16,18 +16,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 import weights
-from helpers import (
-    MEDIA,
-    ROOT,
-    RUN,
-    SIZE,
-    argv,
-    assert_same,
-    fixed_losses,
-    four_pairs,
-    losses,
-    run,
-)
+from helpers import MEDIA, ROOT, RUN, SIZE, argv, assert_same, fixed_losses, four_pairs, losses, run
 from sdv import seeds
 from sdv.data.loader import locate
 from sdv.objectives import draws_of
