@@ -26,8 +26,8 @@ class Config:
     """the demo"""
 
     out: str = "out/demo"  # world, run, index.html; what is there already is not made again
-    steps: Count = 230  # of the fresh adapter's training
-    pairs: Count = 1600  # picture pairs
+    steps: Count = 180  # of the fresh adapter's training
+    pairs: Count = 800  # picture pairs
     clips: Count = 64  # clips of other subjects
     cases: Count = 12  # videos of each column, four for a subject
     seed: Seed = 0  # of training and sampling
@@ -39,8 +39,8 @@ def main() -> None:
 
     # 1, 2. Train on one world, probe on another one: its subjects come from other numbers.
     data = studio.make_world(out / "world", pairs=cfg.pairs, clips=cfg.clips)
-    unseen = studio.make_world(out / "unseen", pairs=128, clips=16, seed=1)
-    probe = {"val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "probe_every": 100}
+    unseen = studio.make_world(out / "unseen", pairs=384, clips=48, seed=1)
+    probe = {"val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "probe_every": 90}
     few = {"val_batches": 3, "val_every": 0, "cache_frames": 4}  # a few minutes less
     fresh = studio.train(out / "run", data, cfg.steps, seed=cfg.seed, **probe, **few)
 
