@@ -39,6 +39,7 @@ def main() -> None:
 
     # 1, 2. Train on one world, probe on another one: its subjects come from other numbers.
     data = studio.make_world(out / "world", pairs=cfg.pairs, clips=cfg.clips)
+    # The probe's two halves read 3 batches each of 64 pairs and of 8 clips: all of these rows, once.
     unseen = studio.make_world(out / "unseen", pairs=384, clips=48, seed=1)
     probe = {"val_pairs": unseen / "pairs", "val_clips": unseen / "clips", "probe_every": 90}
     few = {"val_batches": 3, "val_every": 0, "cache_frames": 4}  # a few minutes less
