@@ -33,9 +33,10 @@ chain: $(VENV)/run
 	$(RUN) sample.py --backbone out/chain/tiny --adapter out/chain/run/step-000020/adapter.safetensors \
 		--ref tests/media/pairs/lawn.jpg --prompt "two white dogs run along a beach" --out out/chain/video $(TINY) --steps 20
 
+# Two processes of one thread each take two cores for half as long as one process of two threads.
+JOBS ?= 2
 test: $(VENV)/dev lint
-	$(RUN) -m pytest tests
-	$(RUN) -m pytest test_kernels.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest test_kernels.py tests -n $(JOBS) --dist worksteal
 
 # The kernels on another version of Triton, laid over the one that torch brings: make test-triton TRITON=3.6.0
 TRITON ?= 3.6.0
