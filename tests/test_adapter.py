@@ -164,6 +164,17 @@ def test_stock_diffusers_applies_the_same_updates(family, make, format, tmp_path
     assert_same(through_diffusers(target_of(tmp_path, format), family), deltas(dit))
 
 
+def test_patterns_are_named_where_they_are_empty_as_peft_names_them(tmp_path):
+    """diffusers 0.34 to 0.39 end with a KeyError on a file whose settings lack rank_pattern."""
+    peft = pytest.importorskip("peft")
+    weights.save_adapter(plain(WanDiT), tmp_path / "a.safetensors", "diffusers")
+    with safe_open(tmp_path / "a.safetensors", "pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    theirs = peft.LoraConfig(target_modules=["to_q"]).to_dict()
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        assert settings[f"transformer.{pattern}"] == theirs[pattern] == {}
+
+
 def test_diffsynth_files_in_diffusers_by_the_renaming_that_users_do(tmp_path):
     stock(WanDiT)
     dit = mixed(WanDiT)

@@ -102,6 +102,6 @@ def settings_of(updates: Mapping[str, Sized]) -> dict:
     for field, pattern, of in (("r", "rank_pattern", "rank"), ("lora_alpha", "alpha_pattern", "alpha")):
         values = {layer: getattr(update, of) for layer, update in updates.items()}
         settings[field] = Counter(values.values()).most_common(1)[0][0]
-        if others := {layer: value for layer, value in values.items() if value != settings[field]}:
-            settings[pattern] = others
+        # Written also where it is empty: diffusers 0.34 to 0.39 fail on a file without rank_pattern.
+        settings[pattern] = {layer: value for layer, value in values.items() if value != settings[field]}
     return settings
