@@ -33,7 +33,7 @@ chain: $(VENV)/run
 	$(RUN) sample.py --backbone out/chain/tiny --adapter out/chain/run/step-000020/adapter.safetensors \
 		--ref tests/media/pairs/lawn.jpg --prompt "two white dogs run along a beach" --out out/chain/video $(TINY) --steps 20
 
-# Two processes of one thread each take two cores for half as long as one process of two threads.
+# Two processes of one thread each end sooner on two cores than one process of two threads: benchmarks/README.md.
 JOBS ?= 2
 test: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest test_kernels.py tests -n $(JOBS) --dist worksteal
