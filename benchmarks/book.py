@@ -92,7 +92,7 @@ def stamp(device: str) -> dict:
         "date": str(datetime.date.today()),
         "commit": commit() or "unknown",
         "machine": torch.cuda.get_device_name() if device == "cuda" else "dry run",
-        "versions": {name: importlib.metadata.version(name) for name in there},
+        "versions": {name: importlib.metadata.version(name) for name in there} | {"torch": torch.__version__},
     }
 
 

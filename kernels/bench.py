@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 
 from . import lint
+from .dispatch import triton
 
 rope, adaln = (import_module(f"kernels.{name}") for name in ("rope", "adaln"))
 

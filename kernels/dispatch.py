@@ -66,6 +66,10 @@ def use_triton(x: Tensor) -> bool:
     """Whether x goes to Triton. Raises if SDV_KERNELS=triton asks for what cannot be."""
     if x.numel() == 0:  # nothing to launch
         return False
+    if MODE == "triton" and not HAVE_TRITON:
+        raise ValueError(
+            "SDV_KERNELS=triton, but there is no Triton: install it, or unset SDV_KERNELS to let torch run it"
+        )
     runnable = HAVE_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRET or _recorder is not None)
     if MODE == "triton" and not runnable:
         raise ValueError(

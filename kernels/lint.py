@@ -17,14 +17,16 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from .dispatch import ARCHS, HAVE_TRITON, pretend, triton
+
+if not HAVE_TRITON:
+    raise SystemExit("error: Triton is not installed, and there is nothing to time, tune or lint without it")
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-
-from .dispatch import ARCHS, pretend
 
 adaln, attention, hopper, rope = (
     import_module(f"kernels.{name}") for name in ("adaln", "attention", "hopper", "rope")

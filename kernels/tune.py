@@ -13,10 +13,9 @@ from importlib import import_module
 from itertools import product
 
 import torch
-import triton
 
 from .bench import Case, adaln_cases, clock, gradients, heads, rope_cases
-from .dispatch import pretend
+from .dispatch import pretend, triton
 
 attention, rope, adaln = (import_module(f"kernels.{name}") for name in ("attention", "rope", "adaln"))
 MS = 100  # for each candidate

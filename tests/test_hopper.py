@@ -10,6 +10,8 @@ import gluon_model as model
 import pytest
 import torch
 
+pytest.importorskip("triton", exc_type=ImportError)
+
 from kernels import dispatch, hopper, lint
 
 attention = import_module("kernels.attention")

@@ -43,6 +43,8 @@ def commit() -> str | None:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__  # with its build: PyPI's metadata says 2.13.0 of what is 2.13.0+cu130
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
