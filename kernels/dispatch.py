@@ -30,7 +30,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAVE_TRITON = True
-except ImportError:  # there is no Triton for macOS or Windows: the references run, kernels are only defined
+except ImportError:  # on macOS, say, there is no Triton: the references run, kernels are only defined
     HAVE_TRITON = False
     triton = tl = TensorDescriptor = Absent()
 
