@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import weights
 from sdv.data.captions import clean_caption, say_cut
-from sdv.data.files import make_folder, write_whole
+from sdv.data.files import make_folder
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.pixels import say_crop
 from sdv.data.sizes import with_model_defaults
-from sdv.lora import merge, require_mergeable
+from sdv.lora import merge, require_mergeable, round_lora
 from sdv.run import settings
 from sdv.run.films import Shot, film_names, list_film, read_shots
 from sdv.run.settings import Count, Guidance, NotNegative, Positive, Rate, Seed
@@ -101,7 +101,7 @@ def generate(
     rngs = [generator(seed) for seed in seeds]
     shape = backbone.layout.latent_shape(cfg.frames, cfg.height, cfg.width)
     noise = normal((len(rngs), *shape), rngs).to(cfg.device)
-    texts, negatives = texts.to(dit.dtype), negative.expand_as(texts).to(dit.dtype)
+    texts, negatives = (x.to(cfg.device, dit.dtype) for x in (texts, negative.expand_as(texts)))
     refs = None if refs is None else refs.to(dit.dtype)
     no_tokens = torch.empty(0, dtype=torch.long)  # of the reference stay, as dropout leaves them
 
@@ -187,12 +187,10 @@ def main() -> None:
     settings.check_device(cfg.device)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
-    pictures = {}
-    for ref in dict.fromkeys(shot.ref for shot in shots if shot.ref):
-        picture = read_image(ref)
-        if cfg.ref_fit == "crop" and (said := say_crop(*picture.shape[1:], cfg.height, cfg.width)):
+    for ref in (pictures := dict.fromkeys(shot.ref for shot in shots if shot.ref)):
+        _, height, width = read_image(ref).shape
+        if cfg.ref_fit == "crop" and (said := say_crop(height, width, cfg.height, cfg.width)):
             print(f"{ref}: {said}; --ref-fit pad shows all of it")
-        pictures[ref] = fit(picture, cfg.height, cfg.width, cfg.ref_fit)
     if cfg.adapter:
         with torch.device("meta"):
             dit = layout.parts["dit"].build()
@@ -222,7 +220,8 @@ def main() -> None:
 
     # 2. The text encoder is as large as the transformer and is needed once: it goes before the other comes.
     text = weights.load_backbone(cfg.backbone, cfg.device, dtype, parts=("text",)).text
-    texts = {prompt: text([prompt]) for prompt in {cfg.negative, *(shot.prompt for shot in films.values())}}
+    asked = {cfg.negative, *(shot.prompt for shot in films.values())}
+    texts = {prompt: text([prompt]).cpu() for prompt in asked}  # 4 MB each: a long list would fill the GPU
     del text
 
     # 3. The rest of the model, and each reference as one clean latent frame.
@@ -231,16 +230,16 @@ def main() -> None:
         weights.load_adapter(backbone.dit, cfg.adapter, cfg.lora_alpha)
     if cfg.merge:
         merge(backbone.dit)
+    else:
+        round_lora(backbone.dit)
     if cfg.compile:
         for block in backbone.dit.blocks:
             block.compile()
     with torch.no_grad():
-        refs = {
-            ref: backbone.vae.encode(pictures[ref][None, :, None].to(cfg.device, dtype))
-            for ref in {shot.ref for shot in films.values()}
-            if ref
-        }
-    del pictures
+        refs = {}
+        for ref in {shot.ref for shot in films.values() if shot.ref}:
+            picture = fit(read_image(ref), cfg.height, cfg.width, cfg.ref_fit)
+            refs[ref] = backbone.vae.encode(picture[None, :, None].to(cfg.device, dtype))
     backbone.vae.tiling = cfg.tiling  # of films alone: a picture fits
 
     # 4. The films, one by one.
@@ -249,7 +248,7 @@ def main() -> None:
         start = time.perf_counter()
         prompts = texts[shot.prompt], texts[cfg.negative]
         (clip,) = generate(backbone, *prompts, refs.get(shot.ref), cfg, [shot.seed], bar.update)
-        write_whole(out / name, lambda to, clip=clip: write_video(to, clip, cfg.fps))
+        write_video(out / name, clip, cfg.fps, durable=True)
         list_film(out, name, shot)
         seconds = time.perf_counter() - start
         bar.write(f"{out / name}  {cfg.frames} frames {cfg.width}x{cfg.height}  {seconds:.1f} s")

@@ -513,7 +513,9 @@ def test_a_gpu_that_no_tile_fits_is_refused(monkeypatch, name, number, hip):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     monkeypatch.setattr(torch.version, "hip", hip)
     with pytest.raises(ValueError, match=f"{name}: .*Ampere.*set SDV_KERNELS=reference"):
-        dispatch._chip(torch.device("cuda:9"))
+        dispatch.require_chip(torch.device("cuda:9"))
+    monkeypatch.setattr(dispatch, "MODE", "reference")
+    dispatch.require_chip(torch.device("cuda:9"))
 
 
 def test_who_runs_what(monkeypatch):

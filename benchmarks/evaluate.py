@@ -21,7 +21,6 @@ file of yours with one or both of these functions of two frames (1, 3, H, W) of 
 import argparse
 import inspect
 import json
-import os
 import runpy
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -36,7 +35,7 @@ from benchmarks.evaluation.scores import MEASURES, Between, Judges, film_scores
 from benchmarks.evaluation.subjects import Subject, owners, read_subjects
 from benchmarks.evaluation.yardsticks import Sample, pictures, still_films, subject_of
 from microworld import movement
-from sdv.data.files import Hashes, digest, make_folder, write_text
+from sdv.data.files import Hashes, digest, make_folder, path_from, write_text
 from sdv.run.films import Shot
 from sdv.run.settings import DEVICE, Parser, check_device, run
 
@@ -124,7 +123,7 @@ class Scores:
     def add(self, film: Shot, scores: dict[str, float]) -> None:
         """Append a line; a half-written one that a stop left behind is ended first."""
         torn = self.file.is_file() and not self.file.read_bytes().endswith(b"\n")
-        names = (os.path.relpath(path, self.file.parent) for path in (film.file, film.ref))
+        names = (path_from(self.file.parent, path) for path in (film.file, film.ref))
         about = dict(zip(("file_name", "reference_file_name"), names, strict=True))
         row = about | {"prompt": film.prompt, "seed": film.seed, "scores": scores, "key": self.key(film)}
         with open(self.file, "a", encoding="utf-8") as file:
@@ -182,7 +181,7 @@ def made_of(folder: Path) -> list[Path]:
 
 def main() -> None:
     args = arguments()
-    check_device(args.device)
+    check_device(args.device, kernels=False)
 
     # 1. What is wrong with the input is found before anything is loaded or judged.
     films = with_refs(reels.read_films(args.films, args.manifest), args.films)

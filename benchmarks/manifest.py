@@ -8,12 +8,12 @@ a beach". Manifests of one folder can be joined, for subjects that need prompts 
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.evaluation.subjects import Subject, read_subjects
+from sdv.data.files import path_from
 from sdv.run.settings import Parser, run
 
 PLACE = "{noun}"
@@ -46,7 +46,7 @@ def rows(
     """Every subject with its first pictures, every prompt, every seed; paths relative to `start`."""
     for subject in subjects:
         for picture in subject.pictures[:references]:
-            name = os.path.relpath(picture, start)
+            name = path_from(start, picture)
             for prompt in prompts:
                 text = fill(prompt, subject.noun)
                 for seed in seeds:

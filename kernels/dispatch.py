@@ -89,6 +89,12 @@ def _chip(device: torch.device) -> tuple[int, int]:
     return max(fit), gpu.multi_processor_count
 
 
+def require_chip(device: torch.device) -> None:
+    """ValueError for a GPU that the kernels are to run on and cannot; it also names the way out."""
+    if HAVE_TRITON and MODE != "reference" and device.type == "cuda":
+        _chip(device)
+
+
 def arch(x: Tensor) -> int:
     """The newest architecture of ARCHS that x's GPU can run."""
     return _chip(x.device)[0] if x.is_cuda else _arch

@@ -126,6 +126,16 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]
     return lora_modules(model)
 
 
+def round_lora(model: nn.Module) -> None:
+    """Keep A and B in the dtype of their layer, to which each call casts them anyway: half the memory.
+
+    For sampling alone. Training needs the digits that go, and `merge` adds in fp32.
+    """
+    for module in lora_modules(model).values():
+        for half in (module.lora_A, module.lora_B):
+            half.data = half.to(module.weight.dtype)
+
+
 def act_on_reference(dit: nn.Module) -> None:
     """Let the LoRA change the reference's tokens alone: without a reference, the model is its base.
 

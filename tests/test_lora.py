@@ -20,6 +20,7 @@ from sdv.lora import (
     lora_modules,
     lora_parameters,
     merge,
+    round_lora,
 )
 from sdv.models.wan_dit import WanDiT
 from sdv.objectives import Pair, denoising_loss, draws_of
@@ -253,3 +254,18 @@ def test_in_a_bf16_model_a_lora_is_fp32_and_its_sum_is_rounded_once():
     exact = module.weight.double() + 0.5 * module.lora_B.double() @ module.lora_A.double()
     merge(model)
     assert torch.equal(module.weight, exact.bfloat16())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["tiny", "tiny_wan"])
+def test_a_lora_in_the_dtype_of_its_layers_samples_the_same(model, request):
+    backbone = weights.load_backbone(request.getfixturevalue(model), "cpu", torch.bfloat16, log=list)
+    torch.manual_seed(0)
+    modules = adapt(backbone.dit, 4, 4.0).values()
+    for half in lora_parameters(backbone.dit).values():
+        half.normal_(0, 0.2)
+    video = torch.randn(1, *backbone.layout.latent_shape(9, 64, 96)).bfloat16()
+    before = backbone.dit(video, torch.tensor([500.0]), text := backbone.text(["a dog"]))
+    round_lora(backbone.dit)
+    assert all(x.lora_A.dtype == x.lora_B.dtype == x.weight.dtype for x in modules)
+    assert torch.equal(backbone.dit(video, torch.tensor([500.0]), text), before)

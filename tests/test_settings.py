@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import train
 import weights
 from helpers import MEDIA, ROOT, RUN, SIZE, argv, full_disk, run
 from microworld import claims, demo, gradients, placement, world
-from sdv.data.files import sampled_hash
+from sdv.data.files import sampled_hash, write_text
 from sdv.lora import adapt
 from sdv.run.films import Shot, film_names, list_film, read_shots
 from sdv.run.settings import check_device, parse
@@ -53,6 +55,16 @@ def test_a_device_that_is_not_here_is_told_what_is(name, gpus, said, monkeypatch
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(ValueError, match=f"--device {name}: .* this machine has {said}$"):
         check_device(name)
+
+
+def test_a_gpu_without_kernels_is_refused_before_anything_is_loaded(monkeypatch):
+    chip = SimpleNamespace(name="Tesla V100", major=7, minor=0, multi_processor_count=80)
+    monkeypatch.setattr("kernels.dispatch.HAVE_TRITON", True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 99)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: chip)
+    check_device("cuda:98", kernels=False)
+    with pytest.raises(ValueError, match="Tesla V100: .*Ampere"):
+        check_device("cuda:98")
 
 
 @pytest.mark.parametrize("words", ["--p-video 0", "--p-video 1", "--warmup 0", "--workers 0", "--p-drop 1"])
@@ -231,6 +243,23 @@ def test_a_list_of_films_that_a_full_disk_has_cut_goes_on_whole(tmp_path):
         list_film(tmp_path, "2.mp4", Shot("a dog", None, 2))
     list_film(tmp_path, "3.mp4", Shot("a dog", None, 3))
     assert [shot.seed for shot in read_shots(tmp_path / "films.jsonl")] == [0, 1, 3]
+
+
+def test_a_list_of_films_behind_a_link_names_the_picture_that_was_given(tmp_path, monkeypatch):
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/out").symlink_to(tmp_path / "disk/deep")
+    (tmp_path / "project/dog.png").touch()
+    monkeypatch.chdir(tmp_path / "project")
+    list_film(Path("out"), "a.mp4", Shot("a dog", Path("dog.png"), 0))
+    (shot,) = read_shots(Path("out/films.jsonl"))
+    assert shot.ref.samefile("dog.png")
+
+
+def test_a_file_is_written_whatever_the_length_of_its_name_and_of_its_host(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "a" * 250)
+    write_text(tmp_path / ("b" * 255), "whole")
+    assert (tmp_path / ("b" * 255)).read_text() == "whole"
 
 
 def test_a_long_prompt_is_told_and_a_folder_may_have_any_name(monkeypatch, tiny, tmp_path, capsys):

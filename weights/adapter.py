@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdv.data.files import write_text
+from sdv.data.files import make_folder, require_empty, write_text
 from sdv.data.sizes import require_least
 from sdv.lora import merge as merge_lora
 from sdv.lora import require_mergeable
@@ -27,7 +27,17 @@ from sdv.models.layers import is_finite
 from sdv.run.settings import Parser, run
 from weights.adapter_io import check_fit, load_adapter
 from weights.backbone import load_backbone, open_backbone
-from weights.formats import FORMATS, PLACE_NOTE, TOKENS_NOTE, Adapter, Update, label, read, write
+from weights.formats import (
+    FORMATS,
+    PLACE_NOTE,
+    TOKENS_NOTE,
+    Adapter,
+    Update,
+    label,
+    read,
+    require_target,
+    write,
+)
 from weights.layout import Layout
 from weights.tensors import Checkpoint, plan, read_json, save_module
 
@@ -82,6 +92,7 @@ def mean(
     adapters = [known if known.alpha_from else _read(known.path, alpha, backbone) for known in adapters]
     for adapter in adapters:
         print(f"{adapter.path}: {adapter.format}, {label(adapter.family)}, {adapter}")
+    require_target(target, adapters[0].format)
     both = mean_adapter(adapters, rank, getattr(torch, dtype))
     write(both, target, both.format)
     print(f"{target}: their mean, rank {max(update.rank for update in both.updates.values())}")
@@ -140,13 +151,13 @@ def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> Non
     layout = open_backbone(backbone)
     part = layout.parts["dit"]
     folder = target / part.folder
-    if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
-        raise ValueError(f"{folder}: not empty; name a new folder for the merged transformer")
+    require_empty(folder)
     # What can be wrong with the adapter is found before the weights are read.
     with torch.device("meta"):
         dit = part.build()
         load_adapter(dit, source, alpha)
     require_mergeable(dit, str(source))
+    make_folder(folder)
     stored = Checkpoint(layout.path / part.source)
     dtype = torch.bfloat16 if stored.dtypes() == "BF16" else torch.float32  # in which it is added
     dit = load_backbone(backbone, dtype=dtype, parts=("dit",)).dit

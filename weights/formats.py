@@ -362,8 +362,8 @@ def _check_parts(path: Path, layer: str, parts: dict[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def write(adapter: Adapter, path: Path, name: str) -> None:
-    """Write a LoRA in a format: a file, or for "peft" a folder. ValueError for layers that it cannot hold."""
+def require_target(path: Path, name: str) -> None:
+    """ValueError if this path cannot be a LoRA in the format: some are a file, "peft" is a folder."""
     if name not in FORMATS:
         raise ValueError(f"format {name!r}: known are {', '.join(FORMATS)}")
     format = FORMATS[name]
@@ -373,6 +373,12 @@ def write(adapter: Adapter, path: Path, name: str) -> None:
         raise ValueError(f"{path}: a folder; {name} is one file")
     if format.alpha != "config" and len(adapter_files(path)) > 1:
         raise ValueError(f"{path}: would be read by the {PEFT_CONFIG} beside it; name another file")
+
+
+def write(adapter: Adapter, path: Path, name: str) -> None:
+    """Write a LoRA in a format: a file, or for "peft" a folder. ValueError for layers that it cannot hold."""
+    require_target(path, name)
+    format = FORMATS[name]
     down, up = format.halves[0]
     tensors, updates = {}, {}
     for ours, update in adapter.known.updates.items():

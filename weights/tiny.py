@@ -14,6 +14,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
+from sdv.data.files import require_empty
 from sdv.run.settings import Parser, run
 from weights import open_backbone
 from weights.tensors import save_module
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=FAMILIES, default="cogvideox", help="of which family")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    require_empty(Path(options.path))
     vocabulary = train_vocabulary(CORPUS.strip().splitlines(), 256, umt5=options.backbone == "wan")
     create(options.path, FAMILIES[options.backbone], vocabulary, options.seed)
     print(f"{options.path}: a tiny random {options.backbone}")

@@ -36,6 +36,17 @@ def make_folder(path: Path) -> None:
         raise PermissionError(f"{path}: may not be written in; name another folder")
 
 
+def require_empty(folder: Path) -> None:
+    """ValueError if there are files in it; it may be missing, and hidden ones, of a stop, do not count."""
+    if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; name a new folder")
+
+
+def path_from(folder: Path, path: Path) -> str:
+    """How a file in `folder` names `path`; `..` begins at the folder's real place, also behind a link."""
+    return os.path.relpath(path, folder.resolve())
+
+
 def lock(path: Path, problem: str) -> BinaryIO:
     """Open a file, for this process alone as long as it is open. ValueError if another one has it.
 
@@ -58,7 +69,8 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
     On a full disk, say, the old file stays, nothing else is left behind, and the OSError names the path.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    # Of one length, since a name holds 255 bytes, and not another process's, on this host or another.
+    temporary = path.with_name(f".{digest(path.name, socket.gethostname())[:16]}.{os.getpid()}.tmp")
     try:
         write(temporary)
         if durable:

@@ -162,8 +162,11 @@ def inspect_clip(path: str | Path) -> ClipInfo:
     return ClipInfo(height, width, len(line.pts), line.end, steady=bool(np.ptp(gaps) < 2e-3))
 
 
-def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
-    """(3, T, H, W), uint8 or float in [-1, 1] -> MP4 any browser plays: H.264, yuv420p, BT.709, faststart."""
+def write_video(path: str | Path, clip: torch.Tensor, fps: float, durable: bool = False) -> None:
+    """(3, T, H, W), uint8 or float in [-1, 1] -> MP4 any browser plays: H.264, yuv420p, BT.709, faststart.
+
+    durable: on disk, come what may, when this returns.
+    """
     clip = clip.detach().cpu()
     clip = clip if clip.dtype == torch.uint8 else to_uint8(clip)
     height, width = clip.shape[-2:]
@@ -171,7 +174,7 @@ def write_video(path: str | Path, clip: torch.Tensor, fps: float) -> None:
         raise ValueError(
             f"{path}: {width}x{height} is odd, and H.264 in yuv420p needs even sizes; crop one pixel"
         )
-    write_whole(Path(path), lambda to: _encode_video(to, clip, fps), durable=False)
+    write_whole(Path(path), lambda to: _encode_video(to, clip, fps), durable)
 
 
 def _encode_video(path: Path, clip: torch.Tensor, fps: float) -> None:

@@ -1,14 +1,13 @@
 """Which films are to be made, how each is called, and the list of those that are there."""
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from sdv.data.captions import clean_caption
-from sdv.data.files import content_hash, digest, parse_json, sampled_hash
+from sdv.data.files import content_hash, digest, parse_json, path_from, sampled_hash
 from sdv.data.rows import find_file, read_lines
 
 
@@ -80,7 +79,7 @@ def list_film(out: Path, name: str, shot: Shot) -> None:
     """Add a film to out/films.jsonl, once: the list by which others know what it was to show."""
     table = out / "films.jsonl"
     known = table.read_bytes() if table.exists() else b""
-    ref = os.path.relpath(shot.ref, out) if shot.ref else None
+    ref = path_from(out, shot.ref) if shot.ref else None
     row = {"file_name": name, "prompt": shot.prompt, "reference_file_name": ref, "seed": shot.seed}
     line = json.dumps(row).encode() + b"\n"
     if line not in known:

@@ -21,6 +21,8 @@ from typing import Annotated, NamedTuple, NoReturn, TypeVar
 
 import torch
 
+from kernels.dispatch import require_chip
+
 T = TypeVar("T")
 CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
@@ -135,8 +137,8 @@ def _ranges(hint: object) -> list[Range]:
     return own + [found for one in inner for found in _ranges(one)]
 
 
-def check_device(name: str) -> None:
-    """ValueError for a device that torch does not know, or that this machine has not."""
+def check_device(name: str, kernels: bool = True) -> None:
+    """ValueError for a device that torch does not know, that this machine has not, or that has no kernels."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -147,6 +149,8 @@ def check_device(name: str) -> None:
         raise ValueError(
             f"--device {name}: is not here; this machine has cpu" + f" and cuda x {gpus}" * (gpus > 0)
         )
+    if kernels:
+        require_chip(device)
 
 
 def _flag(name: str) -> str:
