@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,28 +100,38 @@ def on_cpu(folder: Path, seconds: float) -> tuple[list[Job], list[Job]]:
 def run(jobs: list[Job], at_once: int, end: float) -> Iterator[dict]:
     """Run them in order, so many at a time; how each ended."""
     waiting, running = list(jobs), []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            job = waiting.pop(0)
-            if (limit := min(job.limit, end - time.time())) < LEAST:
-                yield {"job": job.name, "ended": "no time left", "seconds": 0.0}
-                continue
-            with log(job).open("w") as file:
-                process = subprocess.Popen(
-                    job.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            running.append(Running(job, process, time.time(), limit))
-        for one in list(running):
-            spent, code = time.time() - one.start, one.process.poll()
-            if code is None and spent < one.limit:
-                continue
-            if code is None:  # with all that it started
-                os.killpg(one.process.pid, signal.SIGKILL)
-                one.process.wait()
-            running.remove(one)
-            ended = {None: "stopped", 0: "well", NO_TESTS: "nothing to do"}.get(code, f"failed ({code})")
-            yield {"job": one.job.name, "ended": ended, "seconds": round(spent, 1), "said": last(one.job)}
-        time.sleep(0.1)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                if (limit := min(job.limit, end - time.time())) < LEAST:
+                    yield {"job": job.name, "ended": "no time left", "seconds": 0.0}
+                    continue
+                with log(job).open("w") as file:
+                    process = subprocess.Popen(
+                        job.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                running.append(Running(job, process, time.time(), limit))
+            for one in list(running):
+                spent, code = time.time() - one.start, one.process.poll()
+                if code is None and spent < one.limit:
+                    continue
+                if code is None:
+                    kill(one)
+                running.remove(one)
+                ended = {None: "stopped", 0: "well", NO_TESTS: "nothing to do"}.get(code, f"failed ({code})")
+                yield {"job": one.job.name, "ended": ended, "seconds": round(spent, 1), "said": last(one.job)}
+            time.sleep(0.1)
+    finally:  # also when this process is stopped: nobody else knows their limits
+        for one in running:
+            kill(one)
+
+
+def kill(one: Running) -> None:
+    """With all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(one.process.pid, signal.SIGKILL)
+    one.process.wait()
 
 
 def log(job: Job) -> Path:
@@ -162,4 +173,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else no `finally` is heard
     sys.exit(main())

@@ -47,6 +47,7 @@ def test_frames_are_the_nearest_in_time(irregular, fps, window):
 @pytest.mark.parametrize("window", np.linspace(0, 1, 12))
 def test_one_seek_finds_the_window(irregular, monkeypatch, window):
     """Decoding from the start must stay a fallback: one opening for the stamps, one for the frames."""
+    media._packets.cache_clear()  # of the stamps
     opened, count = media._opened, []
     monkeypatch.setattr(media, "_opened", lambda path: count.append(path) or opened(path))
     media.read_clip(irregular, 3, 12.5, 16, 16, window)
@@ -247,6 +248,50 @@ def test_concealed_damage_is_refused(tmp_path):
         media.inspect_clip(path)
     with pytest.raises(ValueError, match=r"a\.mp4: .* cannot be decoded"):
         media.read_clip(path, 5, 8, 16, 16)
+
+
+def test_what_is_interlaced_is_said_to_be(tmp_path):
+    for name, flags in (("fields.ts", "+ilme+ildct"), ("frames.ts", "+low_delay")):
+        encode(tmp_path / name, flat(LEVELS), np.arange(50) * 40, flags=flags)
+    assert "deinterlace it" in media.say_interlaced(tmp_path / "fields.ts")
+    assert not media.say_interlaced(tmp_path / "frames.ts")
+
+
+def test_a_file_is_read_for_its_stamps_once_until_it_is_another(tmp_path, monkeypatch):
+    """A random window needs all of them, and would read gigabytes for each sample."""
+    path, opened = tmp_path / "a.mp4", []
+    encode(path, flat(LEVELS), STAMPS)
+    once = read_clip(path, 4, 8, 32, 48, window=0.5)
+    av_open = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **more: opened.append(args) or av_open(*args, **more))
+    assert torch.equal(read_clip(path, 4, 8, 32, 48, window=0.5), once) and len(opened) == 1
+    encode(path, flat(LEVELS[::-1]), STAMPS)
+    assert not torch.equal(read_clip(path, 4, 8, 32, 48, window=0.5), once)
+
+
+def test_data_of_a_frame_that_pyav_does_not_know_spoils_no_clip(tmp_path):
+    """FFmpeg gives the frame of a JPEG its EXIF block, a kind of side data that PyAV 18 has no name for."""
+    tags = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\1\0\0\0\0\0\0"
+    plain, tagged = tmp_path / "a.avi", tmp_path / "b.avi"
+    with av.open(str(plain), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        for level in LEVELS[:9]:
+            picture = np.full((32, 48, 3), level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(plain)) as source, av.open(str(tagged), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for old in source.demux(video=0):
+            if old.size:
+                data = bytes(old)
+                new = av.Packet(data[:2] + b"\xff\xe1" + (len(tags) + 2).to_bytes(2) + tags + data[2:])
+                new.pts, new.dts, new.time_base, new.stream = old.pts, old.dts, old.time_base, stream
+                new.is_keyframe = True
+                container.mux(new)
+    with av.open(str(tagged)) as container, pytest.raises(ValueError, match="not a valid"):
+        next(container.decode(video=0)).side_data.get("DISPLAYMATRIX")
+    assert torch.equal(read_clip(tagged, 9, 8, 32, 48), read_clip(plain, 9, 8, 32, 48))
 
 
 def test_sound_without_pictures_is_refused(tmp_path):

@@ -63,6 +63,11 @@ def test_a_manifest_is_what_sample_takes(tmp_path, monkeypatch):
     assert [shot.seed for shot in shots[:2]] == [0, 5]
     (subjects / "prompts_and_classes.txt").unlink()
     assert [subject.noun for subject in read_subjects(subjects)] == ["fish", "fish", "old rocket"]
+    hidden = subjects / "fish" / "._00.png"  # as macOS leaves them on other disks
+    hidden.touch()
+    (subjects / "nouns.csv").write_text("fish,carp\nfish2,carp\nold_rocket,rocket\n", encoding="utf-8-sig")
+    found = read_subjects(subjects)
+    assert found[0].noun == "carp" and hidden not in found[0].pictures
 
 
 def call(monkeypatch, module, *words: object) -> None:

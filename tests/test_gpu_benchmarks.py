@@ -1,6 +1,8 @@
 """What whoever has a GPU will run, small and on a CPU: all of it ends, and says what it found."""
 
 import json
+import signal
+import subprocess
 import sys
 import time
 
@@ -114,6 +116,22 @@ def test_what_hangs_is_stopped_and_what_crashes_is_told(monkeypatch, tmp_path):
     assert rows["crashes"]["ended"] == "failed (3)" and rows["crashes"]["said"] == "so far"
     assert rows["ends"]["ended"] == "well" and time.time() - start < 40
     assert next(gpu.run(jobs, 1, time.time() - 1))["ended"] == "no time left"
+
+
+def test_nothing_goes_on_when_the_command_is_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    quick, long = (gpu.Job(name, ["sleep", name], 60) for name in ("0", "50"))
+    started, popen = [], subprocess.Popen
+
+    def start(*args, **more) -> subprocess.Popen:
+        started.append(popen(*args, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    jobs = gpu.run([quick, long], 2, time.time() + 60)
+    assert next(jobs)["ended"] == "well"
+    jobs.close()  # as an error, Ctrl-C or SIGTERM in it would
+    assert [process.poll() for process in started] == [0, -signal.SIGKILL]
 
 
 def test_all_measurements_are_asked_for(tmp_path):

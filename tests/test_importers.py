@@ -445,3 +445,32 @@ def test_a_seeded_subset_of_clips_is_full(videos, tmp_path):
         assert len(list(out.glob("*.mp4"))) == len({found["prompt"] for found in chosen[-1]}) == 7
     assert chosen[0] == chosen[1] != chosen[2]
     assert tree(tmp_path / "0-0") == tree(tmp_path / "0-2")
+
+
+def test_what_has_changed_is_looked_at_again(videos, tmp_path):
+    """A download that was missing or torn, a corrected table, another film under the old name."""
+    table, vids, out = tmp_path / "t.csv", tmp_path / "vids", tmp_path / "out"
+    vids.mkdir()
+    shutil.copy(videos / "torn.mp4", vids / "a.mp4")
+    shutil.copy(videos / "wider.mp4", vids / "c.mp4")
+    table.write_text("path,caption\na.mp4,first\nb.mp4,second\nc.mp4,third\n")
+
+    def imported(*flags: object) -> dict[str, Path]:
+        assert run("clips", table, out, *BOUNDS, *flags) == 0
+        return {found["prompt"]: out / found["file_name"] for found in metadata(out)}
+
+    assert imported("--root", vids).keys() == {"third"}
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(videos / "wide.mp4", vids / name)
+    assert list(imported("--root", vids)) == ["first", "second", "third"]
+    table.write_text("path,caption\nc.mp4,first\nb.mp4,second\na.mp4,third\n")
+    assert imported("--root", vids)["first"].samefile(vids / "c.mp4")
+    (vids / "b.mp4").unlink()
+    shutil.copy(videos / "wider.mp4", vids / "b.mp4")
+    shutil.copy(videos / "square.mp4", vids / "a.mp4")
+    found = imported("--root", vids)
+    assert found.keys() == {"first", "second"} and found["second"].samefile(vids / "b.mp4")
+    assert len(list(out.glob("*.mp4"))) == 2
+    before = tree(out)
+    imported("--root", vids)
+    assert tree(out) == before

@@ -136,15 +136,21 @@ def test_a_signal_to_all_its_processes_saves_and_ends_well(tiny, alone, tmp_path
     assert losses(out) == losses(alone)
 
 
-def test_a_file_that_one_process_cannot_read_costs_no_step(tiny, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_file_that_one_process_cannot_read_costs_no_step(tiny, tmp_path, sharded):
+    """Nor after a film, a forward without a backward: what is sharded has to be so again."""
     pairs, out = tmp_path / "pairs", tmp_path / "run"
     rows = four_pairs(pairs)
     broken = rows[locate(0, 3, len(rows))[1]].files[1]  # of the second step, and the second process
     broken.write_bytes(broken.read_bytes()[:2000])
     options = {"pairs": pairs, "p_video": 0, "identity_batch": 1, "verify": 0}
+    if sharded:
+        (tmp_path / "shots.jsonl").write_text('{"prompt": "a dog"}')
+        options |= {"sample_every": 1, "sample_steps": 1, "sample_manifest": tmp_path / "shots.jsonl"}
     done = subprocess.run(
-        command(tiny, out, 2, **options), cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True
-    )
+        [*command(tiny, out, 2, **options), *["--shard"] * sharded], cwd=ROOT, env=os.environ | ALONE,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode and broken.name in done.stderr
     assert [save.name for save in out.glob("step-*")] == ["step-000001"]
 

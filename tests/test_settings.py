@@ -254,6 +254,10 @@ def test_a_list_of_films_behind_a_link_names_the_picture_that_was_given(tmp_path
     list_film(Path("out"), "a.mp4", Shot("a dog", Path("dog.png"), 0))
     (shot,) = read_shots(Path("out/films.jsonl"))
     assert shot.ref.samefile("dog.png")
+    Path("out/films").mkdir()
+    list_film(Path("out/films"), "a.mp4", shot)  # a list that was made of a list
+    (shot,) = read_shots(Path("out/films/films.jsonl"))
+    assert shot.ref.samefile("dog.png")
 
 
 def test_a_file_is_written_whatever_the_length_of_its_name_and_of_its_host(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sdv.data.captions import to_utf8
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 NOUNS = ("nouns.csv", "prompts_and_classes.txt")
 
@@ -40,7 +42,7 @@ def read_nouns(file: Path, names: list[str]) -> dict[str, str]:
     """{folder: noun} for all names; other lines, as DreamBooth's file has them, are passed over."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; write a line FOLDER,NOUN for each subject")
-    pairs = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()]
+    pairs = [line.split(",") for line in to_utf8(file.read_bytes()).decode().splitlines()]
     found = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
     lacking = [name for name in names if not found.get(name)]
     if lacking:
@@ -53,7 +55,8 @@ def _noun(name: str) -> str:
 
 
 def _pictures(folder: Path) -> tuple[Path, ...]:
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    shown = (path for path in folder.iterdir() if path.name[0] != ".")  # macOS puts ._a.jpg beside a.jpg
+    found = sorted(path for path in shown if path.suffix.lower() in ENDINGS)
     if not found:
         raise ValueError(f"{folder}: holds no pictures ({', '.join(ENDINGS)}); add some or remove the folder")
     return tuple(found)

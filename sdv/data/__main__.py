@@ -105,9 +105,9 @@ def _clip_verdict(row: Row, args: argparse.Namespace) -> list[str]:
     media.check_length(row.files[0], clip.seconds, args.frames, args.fps)
     rate = "steady" if clip.steady else "variable rate"
     found = f"{clip.width}x{clip.height}, {clip.frames} frames in {clip.seconds:.2f} s, {rate}"
-    odd = media.say_repeats(row.files[0], args.frames, args.fps)
+    odd = media.say_repeats(row.files[0], args.frames, args.fps), media.say_interlaced(row.files[0])
     size = clip.height, clip.width, args.height, args.width
-    return [found, say_crop(*size), say_enlarged(*size), odd]
+    return [found, say_crop(*size), say_enlarged(*size), *odd]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,8 +43,8 @@ def require_empty(folder: Path) -> None:
 
 
 def path_from(folder: Path, path: Path) -> str:
-    """How a file in `folder` names `path`; `..` begins at the folder's real place, also behind a link."""
-    return os.path.relpath(path, folder.resolve())
+    """How a file in `folder` names `path`, whatever links lead to both: `..` goes up from the real place."""
+    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 
 def lock(path: Path, problem: str) -> BinaryIO:

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -26,6 +26,10 @@ NAMED = 3  # candidates that the summary names under each reason
 class Candidate(Protocol):
     origin: str  # "train-00000.parquet:17", for people and the log
     source: object  # candidates in a row that share it are worked on together
+    state: str  # of its file: what became of it is remembered as long as this stays the same
+
+
+UNREADABLE = "unreadable"  # the reason that is not remembered: the download may be finished by then
 
 
 class Outcome(NamedTuple):
@@ -36,6 +40,7 @@ class Outcome(NamedTuple):
     reason: str = ""  # one of few, to be counted
     detail: str = ""  # what is wrong with this one
     content: str = ""  # of two candidates with the same one the second is dropped
+    state: str = ""  # the candidate's, when it was looked at
 
     @property
     def files(self) -> set[str]:
@@ -67,12 +72,14 @@ def walk(
             chosen = sorted(order[len(outcomes) : len(outcomes) + wanted - kept])  # row groups are read once
             batch = [candidates[index] for index in chosen]
             bar.total += len(batch)
-            known = [log.known[one.origin] for one in batch if one.origin in log.known]
-            new = _perform([one for one in batch if one.origin not in log.known], work, workers)
-            for outcome in chain(known, new):
+            states = {one.origin: one.state for one in batch}
+            known = {origin: one for origin, one in log.known.items() if one.state == states.get(origin)}
+            new = _perform([one for one in batch if one.origin not in known], work, workers)
+            for one in batch:
+                outcome = known.get(one.origin) or next(new)._replace(state=states[one.origin])
                 if outcome.rows and first.setdefault(outcome.content, outcome.origin) != outcome.origin:
                     reason, detail = "the same picture as another row", first[outcome.content]
-                    outcome = Outcome(outcome.origin, (), reason, detail)
+                    outcome = outcome._replace(rows=(), reason=reason, detail=detail)
                 log.add(outcome)
                 outcomes.append(outcome)
                 kept += bool(outcome.rows)
@@ -112,11 +119,12 @@ class _Jobs(Dataset):
 class ImportLog:
     """OUT/import.jsonl: the settings, then an outcome a line, appended. One process at a time.
 
-    Whatever follows the last whole line is cut off, and outcomes whose files are gone are forgotten.
+    Whatever follows the last whole line is cut off. Outcomes whose files are gone are forgotten, and so is
+    what could not be read. Of two lines about one candidate the later holds.
     """
 
     def __init__(self, out: Path, settings: dict):
-        self.file, self.known = _locked(out), {}
+        self.file, self.known, self.last = _locked(out), {}, {}
         lines = self._whole_lines()
         if not lines:
             self._append(settings)
@@ -126,9 +134,11 @@ class ImportLog:
             raise ValueError(f"{out}: was begun otherwise ({was}); repeat that, or give a new folder")
         for torn in out.rglob(".*.tmp"):
             torn.unlink(missing_ok=True)
-        outcomes = [Outcome(*line) for line in lines[1:]]
+        self.last = {line[0]: line for line in lines[1:]}
         self.known = {
-            one.origin: one for one in outcomes if all((out / name).is_file() for name in one.files)
+            origin: one
+            for origin, one in ((origin, Outcome(*line)) for origin, line in self.last.items())
+            if one.reason != UNREADABLE and all((out / name).is_file() for name in one.files)
         }
 
     def _whole_lines(self) -> list:
@@ -154,7 +164,7 @@ class ImportLog:
             raise unwritable(Path(self.file.name), error) from error
 
     def add(self, outcome: Outcome) -> None:
-        if outcome.origin not in self.known:
+        if json.dumps(self.last.get(outcome.origin)) != json.dumps(outcome):
             self._append(outcome)
 
     def close(self) -> None:

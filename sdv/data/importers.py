@@ -21,7 +21,7 @@ import torch
 
 from sdv.data.captions import clean_caption, to_utf8
 from sdv.data.files import digest, parse_json, write_whole
-from sdv.data.import_log import Outcome, finish, walk
+from sdv.data.import_log import UNREADABLE, Outcome, finish, walk
 from sdv.data.media import check_length, decode_image, encode_png, inspect_clip, say_repeats
 from sdv.data.rows import CLIP, find_file, say_left_out, scan_rows
 from sdv.data.sizes import require_least
@@ -46,6 +46,7 @@ class Composite(NamedTuple):
     source: tuple[Path, int]  # file and row group
     place: int  # in the row group
     captions: tuple[str, str]
+    state: str = ""  # names and sizes of the files are among the settings
 
 
 class Video(NamedTuple):
@@ -53,6 +54,15 @@ class Video(NamedTuple):
     source: Path
     prompt: str
     name: str  # in the new folder
+
+    @property
+    def state(self) -> str:
+        """Another one as soon as the table names another file, or the file is another one."""
+        try:
+            found = self.source.stat()
+        except OSError:
+            return ""
+        return digest(os.path.realpath(self.source), found.st_size, found.st_mtime_ns)
 
 
 # Subjects200K
@@ -116,7 +126,7 @@ def read_composites(
             try:
                 captions = tuple(text and clean_caption(text, "its description") for text in texts)
             except ValueError as error:
-                dropped.append(Outcome(origin, (), "unreadable", str(error)))
+                dropped.append(Outcome(origin, (), UNREADABLE, str(error)))
             else:
                 found.append(Composite(origin, source, place, captions))
     return found, dropped
@@ -167,7 +177,7 @@ def cut_composites(
             column = parquet.read_row_group(group, ["image.bytes"], use_threads=False)["image"]
         pictures = column.take([one.place for one in chunk]).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        return [Outcome(one.origin, (), "unreadable", str(error)) for one in chunk]
+        return [Outcome(one.origin, (), UNREADABLE, str(error)) for one in chunk]
     return [
         _cut_composite(one, (picture or {}).get("bytes") or b"", out, margin, directions)
         for one, picture in zip(chunk, pictures, strict=True)
@@ -187,7 +197,7 @@ def _cut_composite(
         try:
             views = split(decode_image(data, one.origin), margin)
         except ValueError as error:
-            return Outcome(one.origin, (), "unreadable", str(error).removeprefix(f"{one.origin}: "))
+            return Outcome(one.origin, (), UNREADABLE, str(error).removeprefix(f"{one.origin}: "))
         for name, view in zip(names, views, strict=True):
             write_whole(out / name, partial(Path.write_bytes, data=encode_png(view)))
     rows = [
@@ -315,6 +325,8 @@ def take_videos(
         reason, detail = _fault(video.source, min_aspect, min_frames, frames, fps)
         if not reason:
             write_whole(out / video.name, partial(_place, video.source.resolve(), copy=copy))
+        else:  # of an earlier run, when the row was another one
+            (out / video.name).unlink(missing_ok=True)
         row = {"file_name": video.name, "prompt": video.prompt}
         outcomes.append(Outcome(video.origin, () if reason else (row,), reason, detail, video.name))
     return outcomes
@@ -325,7 +337,7 @@ def _fault(path: Path, min_aspect: float, min_frames: int, frames: int, fps: flo
     try:
         clip = inspect_clip(path)
     except (ValueError, OSError) as error:
-        return "unreadable", str(error)
+        return UNREADABLE, str(error)
     if clip.width < min_aspect * clip.height:
         return f"width / height below {min_aspect:g}", ""
     if clip.frames < min_frames:

@@ -5,9 +5,11 @@ be read raises one ValueError or FileNotFoundError that names it, the reason and
 """
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,6 +149,15 @@ def say_repeats(path: str | Path, frames: int, fps: float) -> str:
     return f"{repeats} of {frames} frames repeat the one before: it has too few for {fps:g} a second"
 
 
+def say_interlaced(path: str | Path) -> str:
+    """What to say of a clip whose frames are two fields each; nothing, of another one."""
+    with _opened(path) as (container, stream):
+        first = next(container.decode(stream), None)
+    if first is None or not first.interlaced_frame:
+        return ""
+    return "interlaced: what moves is seen twice in a frame; deinterlace it, say with ffmpeg -vf bwdif"
+
+
 def inspect_clip(path: str | Path) -> ClipInfo:
     """Decode every frame once and measure the clip; ValueError if one is damaged."""
     line = _timeline(path)
@@ -200,6 +211,12 @@ def _encode_video(path: Path, clip: torch.Tensor, fps: float) -> None:
 
 def _timeline(path: str | Path, until: float = math.inf) -> Timeline:
     """Read packets only, stopping once every frame shown up to `until` seconds has been met."""
+    found = _existing(path).stat()
+    return _packets(str(path), until, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=2048)  # or each random window would read the whole file once more
+def _packets(path: str, until: float, *state: int) -> Timeline:
     shown, keys, untimed = [], [], 0
     first = after = math.inf
     clock, back = -math.inf, False
@@ -291,7 +308,9 @@ def _upright(frame: av.VideoFrame, stream: av.VideoStream, path: str | Path) -> 
     image = _rgb(frame, path, float(stream.sample_aspect_ratio or 1))
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError as error:
+    except ValueError as error:  # newer data beside it, of a stereo film for example
+        if not frame.rotation:
+            return image
         raise ValueError(f"{path}: holds frame data unknown to PyAV ({error}); {REPLACE}") from error
     return image if matrix is None else turn_of_matrix(bytes(matrix))(image)
 
@@ -353,7 +372,7 @@ def _decoding(path: str | Path, kind: str) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its video stream, decoding on as many threads as torch uses here: one in a worker."""
+    """The file and its video stream, decoding on as many threads as torch uses here, up to four."""
     with (
         _decoding(path, "video"),
         # Tags may be in any encoding; nothing here reads them.
@@ -369,5 +388,7 @@ def _opened(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.
             size = f"{coder.width}x{coder.height}"
             raise ValueError(f"{path}: frames of {size} are more than {FRAME_PIXELS:,} pixels; scale it down")
         coder.options = {"max_pixels": str(FRAME_PIXELS)}  # the size may change on the way
-        stream.thread_type, coder.thread_count = "AUTO", torch.get_num_threads()
+        # Each thread holds frames of its own, 30 MB of a 4K film; threads of a pool have a file each.
+        alone = threading.current_thread() is threading.main_thread()
+        stream.thread_type, coder.thread_count = "AUTO", min(4, torch.get_num_threads()) if alone else 1
         yield container, stream

@@ -282,7 +282,8 @@ class Clips(Rows):
         return {"clip": clip, "prompt": self.prompt(row)}
 
     def oddity(self, row: Row) -> str:
-        return media.say_repeats(row.files[0], self.frames, self.fps)
+        repeats = media.say_repeats(row.files[0], self.frames, self.fps)
+        return "; ".join(filter(None, [repeats, media.say_interlaced(row.files[0])]))
 
 
 def to_float(item: dict) -> dict:

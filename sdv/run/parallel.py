@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-# How long a rank waits for the others: one may have more to encode for the cache, or to film.
-PATIENCE = timedelta(hours=1)
+# How long a rank waits for the others: one hashes all of the data for the cache, or has more to film.
+PATIENCE = timedelta(hours=6)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -113,7 +113,8 @@ def shard(dit: nn.Module) -> None:
     """Spread the weights of a transformer, frozen and trained, over all ranks (FSDP2), block by block."""
     for block in dit.blocks:
         fully_shard(block)
-    fully_shard(dit)
+    # Also what is in no block: left gathered after a film, it would not be what the optimizer knows.
+    fully_shard(dit, reshard_after_forward=True)
 
 
 def whole(tensor: Tensor) -> Tensor:
