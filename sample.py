@@ -187,6 +187,7 @@ def main() -> None:
     settings.check_device(cfg.device)
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
+    weights.check_weights(layout)
     for ref in (pictures := dict.fromkeys(shot.ref for shot in shots if shot.ref)):
         _, height, width = read_image(ref).shape
         if cfg.ref_fit == "crop" and (said := say_crop(height, width, cfg.height, cfg.width)):

@@ -434,7 +434,7 @@ def save(out: Path, step: int, run: Training, cfg: Config) -> None:
 
     def write_adapter(file: Path) -> None:
         weights.save_adapter(run.dit, file, lora=lora)
-        text = card.model_card(cfg, stock, run.row_counts, step, sys.argv)
+        text = card.model_card(cfg, run.dit, stock, run.row_counts, step, sys.argv)
         file.with_name("README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     if parallel.ranks()[0] == 0:
@@ -509,7 +509,8 @@ def train(
     """Steps from `first` on, with their saves and looks; returns how many are done, fewer after a signal.
 
     A step or look that a signal interrupts is given up: the grace that follows is for the save. Batches that
-    cannot be read end it too, and lines that cannot be said: their error comes after the save.
+    cannot be read end it too, lines that cannot be said and, in a process alone, numbers and films that
+    cannot be written: their error comes after the save.
     """
     reached, saved, seen, problem, (rank, _) = first, first, dict(run.seen), None, parallel.ranks()
     mute = []  # why nobody hears what is said: a terminal that was closed, a `tee` that Ctrl-C ended
@@ -533,6 +534,7 @@ def train(
                 look(step, looks, run, cfg, tell)
                 start = time.perf_counter()
                 losses, norm = train_step(step, run, cfg)
+                reached, seen = step + 1, dict(run.seen)
                 for task, found in losses.items():
                     row = {"step": step, "task": task} | log.loss_row(found, run.schedule.train_steps)
                     row |= {"grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
@@ -540,10 +542,13 @@ def train(
                     looks.run_log.write("metrics", row)
                     history.append(row)
                 tell(log.log_line(history, cfg.steps))
-                reached, seen = step + 1, dict(run.seen)
         except parallel.Stopped as stop:
             run.seen = seen  # the samples of a step that was not finished come again
             problem = stop.__cause__
+        except OSError as error:  # a row of numbers or a film that cannot be written: the weights are as good
+            if parallel.ranks()[1] > 1:
+                raise  # the others have not been told, and would wait in the save for ever
+            run.seen, problem = seen, error
         if reached > saved:
             save(Path(cfg.out), reached, run, cfg)  # in here, where a second SIGTERM does not end it
         if reached == 0 < cfg.steps:
@@ -573,6 +578,7 @@ def main() -> int | None:
         refuse_conflicts(cfg := dataclasses.replace(cfg, resume=False))
     if cfg.plan:
         return say(plan.report(cfg, layout, world))
+    weights.check_weights(layout)
     if cfg.shard and world == 1:
         raise ValueError("--shard spreads the model over processes: start them with torchrun")
     data, unseen = open_rows(cfg, say)
@@ -670,7 +676,7 @@ def main() -> int | None:
     if rank == 0:  # the others may not see its files yet
         if losses and cfg.probe_every:
             print(report.cost(out))
-        print(f"adapter: {saves.saves(out)[-1] / 'adapter.safetensors'}")
+        print(f"adapter: {out / f'step-{reached:06d}' / 'adapter.safetensors'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The two scripts end to end, on real photos and clips and a tiny random model."""
 
+import errno
 import json
 import os
 import shutil
@@ -364,6 +365,57 @@ def test_a_model_card_lies_beside_every_saved_adapter(monkeypatch, tiny, tmp_pat
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == tiny.name and front["license"] == "other"
     assert "4 pairs of pictures, 3 clips" in card and "rank 8, alpha 8" in card and "--p-video 0.5" in card
+    assert "| 2 pairs or 1 clips, in 1 process |" in card
+
+
+def test_a_model_card_names_the_adapter_that_a_run_began_with_and_a_cached_repository(
+    monkeypatch, tiny, tmp_path
+):
+    base = tmp_path / "hub/models--zai-org--CogVideoX-5b/snapshots/0123abcd"
+    shutil.copytree(tiny, base)
+    options = {"--backbone": base, "--out": tmp_path / "run", **RUN}
+    run(monkeypatch, train, {"--backbone": base, "--out": tmp_path / "first", "--steps": 1, **RUN})
+    first = tmp_path / "first/step-000001/adapter.safetensors"
+    options = {name: value for name, value in options.items() if name not in ("--rank", "--alpha")}
+    run(monkeypatch, train, options | {"--steps": 1, "--adapter": first})
+    run(monkeypatch, train, options | {"--steps": 2, "--resume": ""})
+    card = (tmp_path / "run/step-000002/README.md").read_text()
+    assert "rank 8, alpha 8" in card and "base_model: zai-org/CogVideoX-5b\n" in card
+
+
+def test_a_row_that_cannot_be_written_costs_no_step(monkeypatch, tiny, tmp_path):
+    options = {"--backbone": tiny, **RUN, "--save-every": 9}
+    run(monkeypatch, train, options | {"--out": tmp_path / "whole", "--steps": 4})
+    write = train.log.RunLog.write
+
+    def broken(self, name: str, row: dict) -> None:
+        if row["step"] == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        write(self, name, row)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale"):
+        patch.setattr(train.log.RunLog, "write", broken)
+        run(patch, train, options | {"--out": tmp_path / "run", "--steps": 4})
+    assert (tmp_path / "run/step-000003").is_dir()
+    run(monkeypatch, train, options | {"--out": tmp_path / "run", "--steps": 4, "--resume": ""})
+    assert_same(tmp_path / "run", tmp_path / "whole", 4)
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_encoded(monkeypatch, tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    file = base / "transformer/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    options = {"--backbone": base, **RUN, "--cache": tmp_path / "cache", "--out": tmp_path / "run"}
+    monkeypatch.setattr(train, "open_rows", None)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        run(monkeypatch, train, options)
+
+
+def test_what_a_file_manager_leaves_is_not_of_the_model(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    before = train.weights.sources(train.weights.open_backbone(base))
+    (base / "tokenizer/.DS_Store").write_bytes(b"x")
+    assert train.weights.sources(train.weights.open_backbone(base)) == before
 
 
 @pytest.mark.parametrize(

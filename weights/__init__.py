@@ -8,6 +8,7 @@ from weights.adapter_io import load_adapter, save_adapter
 from weights.backbone import (
     PARTS,
     Backbone,
+    check_weights,
     load_backbone,
     open_backbone,
     sources,
@@ -21,6 +22,7 @@ __all__ = [
     "Backbone",
     "Layout",
     "adapter_files",
+    "check_weights",
     "load_adapter",
     "load_backbone",
     "open_backbone",

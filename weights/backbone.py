@@ -10,7 +10,7 @@ from torch import nn
 from sdv.schedule import Schedule
 from weights import cogvideox, wan
 from weights.layout import Layout
-from weights.tensors import load_into, shards
+from weights.tensors import load_into, opened, plan, shards
 
 PARTS = ("dit", "vae", "text")
 
@@ -69,6 +69,14 @@ def load_backbone(
     return backbone
 
 
+def check_weights(layout: Layout, parts: Sequence[str] = PARTS) -> None:
+    """ValueError for weights that are cut short or do not fit the configs. Reads headers only."""
+    for part in (layout.parts[name] for name in parts):
+        with torch.device("meta"):
+            module = part.build().get_submodule(part.root)
+        plan(module, part.names, opened(layout.path / part.source))
+
+
 def token_counter(layout: Layout) -> tuple[Callable[[str], int], int]:
     """(tokens of a prompt, how many of them the model reads), without its weights."""
     with torch.device("meta"):
@@ -81,5 +89,5 @@ def sources(layout: Layout, parts: Sequence[str] = PARTS) -> list[Path]:
     found = [layout.path / file for file in layout.files]
     for part in (layout.parts[name] for name in parts):
         source = layout.path / part.source
-        found += [source] if source.is_file() else shards(source)
+        found += [source] if source.suffix == ".pth" else shards(source)
     return found

@@ -24,7 +24,15 @@ from weights.fields import (
     fixed,
     read_fields,
 )
-from weights.layout import Layout, Part, read_config, require_rows, same_channels, same_model
+from weights.layout import (
+    Layout,
+    Part,
+    files_in,
+    read_config,
+    require_rows,
+    same_channels,
+    same_model,
+)
 from weights.tensors import Names
 from weights.vocabulary import read_pieces
 
@@ -261,7 +269,7 @@ def read_layout(path: Path) -> Layout:
         )
     tokenizer = Tokenizer(read_pieces(path / TOKENIZER), dit.text_tokens)
     require_rows(path / CONFIGS["text"], tokenizer, text)
-    vocabulary = sorted(str(file.relative_to(path)) for file in path.glob("tokenizer/*"))
+    vocabulary = files_in(path, "tokenizer")
     index = ["model_index.json"] if (path / "model_index.json").is_file() else []
     weights_file = "diffusion_pytorch_model.safetensors"
     return Layout(

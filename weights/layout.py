@@ -20,6 +20,11 @@ DiTConfig = CogVideoXConfig | WanConfig
 VAEConfig = CogVideoXVAEConfig | WanVAEConfig
 
 
+def files_in(path: Path, folder: str) -> list[str]:
+    """Of a checkpoint, relative to its path, without the hidden ones, which file managers leave."""
+    return sorted(str(file.relative_to(path)) for file in (path / folder).glob("[!.]*") if file.is_file())
+
+
 class Part(NamedTuple):
     """One network of a checkpoint: where its tensors lie and how to build the module they fit."""
 

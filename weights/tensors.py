@@ -211,6 +211,11 @@ def _first(items: Iterable[str], n: int = 3) -> str:
     return "; ".join(items[:n]) + (f"; and {len(items) - n} more" if len(items) > n else "")
 
 
+def opened(source: Path) -> Checkpoint | Pickle:
+    """Tensors of a folder of safetensors, or of a .pth file."""
+    return Pickle(source) if Path(source).suffix == ".pth" else Checkpoint(source)
+
+
 def load_into(
     module: nn.Module, names: Names, source: Path, device: str | torch.device, dtype: torch.dtype
 ) -> Report:
@@ -220,7 +225,7 @@ def load_into(
     What the module lists as `in_float32` stays in that, whatever the dtype of the rest.
     """
     start = time.perf_counter()
-    checkpoint = Pickle(source) if Path(source).suffix == ".pth" else Checkpoint(source)
+    checkpoint = opened(source)
     size = count = 0
     for ours, theirs in plan(module, names, checkpoint).items():
         owner, _, leaf = ours.rpartition(".")

@@ -27,7 +27,15 @@ from weights.fields import (
     fixed,
     read_fields,
 )
-from weights.layout import Layout, Part, read_config, require_rows, same_channels, same_model
+from weights.layout import (
+    Layout,
+    Part,
+    files_in,
+    read_config,
+    require_rows,
+    same_channels,
+    same_model,
+)
 from weights.tensors import Names, read_json
 from weights.vocabulary import read_pieces
 
@@ -364,7 +372,7 @@ def _diffusers_layout(path: Path) -> Layout:
         "text": _text_part(path, "tokenizer", "text_encoder", "model.safetensors", UMT5_NAMES, text, dit),
     }
     schedule = read_config(path / CONFIGS["schedule"], schedule_from)
-    files = ("model_index.json", *CONFIGS.values(), *_vocabulary(path, "tokenizer"))
+    files = ("model_index.json", *CONFIGS.values(), *files_in(path, "tokenizer"))
     return _layout(path, parts, schedule, files, dit, vae, text)
 
 
@@ -375,7 +383,7 @@ def _original_layout(path: Path) -> Layout:
         "vae": Part("", VAE_PTH, VAE_NAMES_ORIGINAL, lambda: WanVAE(vae)),
         "text": _text_part(path, "google/umt5-xxl", "", UMT5_PTH, UMT5_NAMES_ORIGINAL, UMT5_XXL, dit),
     }
-    files = ("config.json", *_vocabulary(path, "google/umt5-xxl"))
+    files = ("config.json", *files_in(path, "google/umt5-xxl"))
     return _layout(path, parts, FlowMatching(), files, dit, vae, UMT5_XXL)
 
 
@@ -396,10 +404,6 @@ def _text_part(
     require_rows(path / folder / "config.json", reader, cfg)
     build = lambda: UMT5TextEncoder(reader, T5Encoder(cfg))  # noqa: E731
     return Part(folder, file, names, build, root="encoder", note=CLEANING)
-
-
-def _vocabulary(path: Path, folder: str) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in (path / folder).glob("*") if file.is_file())
 
 
 def _layout(

@@ -3,6 +3,12 @@
 import shlex
 from pathlib import Path
 
+from torch import nn
+
+from sdv.lora import lora_modules
+from sdv.objectives import TASKS
+from sdv.run.parallel import ranks
+
 USE = """\
 ```
 python sample.py --backbone {base} --adapter adapter.safetensors --ref subject.jpg --prompt "..."
@@ -24,16 +30,29 @@ LoRA that acts on the reference's tokens alone.
 """
 
 
-def model_card(cfg: object, stock: bool, rows: dict[str, int], step: int, command: list[str]) -> str:
+def base_name(backbone: str) -> str:
+    """What a hub calls it: the folder's name or, in a cache of Hugging Face, that of the repository."""
+    path = Path(backbone).resolve()
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def model_card(
+    cfg: object, dit: nn.Module, stock: bool, rows: dict[str, int], step: int, command: list[str]
+) -> str:
     """Markdown with the front matter that hubs read.
 
-    cfg: train.py's settings; stock: whether diffusers can run it; rows: how many of each task.
+    cfg: train.py's settings; dit: has the LoRA; stock: whether diffusers can run it; rows: of each task.
     """
-    base = Path(cfg.backbone).resolve().name
+    base, world = base_name(cfg.backbone), ranks()[1]
     pairs, clips = rows.get("identity", 0), rows.get("motion", 0)
-    lora = f"begun from {Path(cfg.adapter).name}"
-    if not cfg.adapter:
-        lora = f"rank {cfg.rank}, alpha {cfg.alpha:g}"
+    modules = lora_modules(dit).values()
+    shape = {name: sorted({getattr(module, name) for module in modules}) for name in ("rank", "alpha")}
+    lora = ", ".join(f"{name} {'/'.join(f'{n:g}' for n in found)}" for name, found in shape.items())
+    if cfg.adapter:
+        lora += f", begun from {Path(cfg.adapter).name}"
+    batches = [getattr(cfg, f"{task}_batch") * cfg.accumulate * world for task in TASKS]
     dropped = "the whole reference" if cfg.dropout == "whole" else "each token of the reference"
     dropped += f" dropped with probability {cfg.p_drop:g}"
     use = USE + (STOCK if stock else NOT_STOCK)
@@ -55,6 +74,7 @@ one picture of any subject and a prompt make a video of that subject. Trained by
 |---|---|
 | steps | {step:,} |
 | data | {pairs:,} pairs of pictures, {clips:,} clips |
+| batch of a step | {batches[0]} pairs or {batches[1]} clips, in {world} process{"es" * (world > 1)} |
 | mixture | motion steps with probability {cfg.p_video:g}; in these, {dropped} |
 | size | {cfg.frames} frames of {cfg.height} x {cfg.width} at {cfg.fps:g} a second |
 | LoRA | {lora} |

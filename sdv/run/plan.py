@@ -106,10 +106,10 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
     changes = [{"recompute": share} for share in (1.0, 0.5, 0.0) if share != cfg.recompute]
     changes += [{"keep_attention": True}] * (cfg.recompute > 0 and not cfg.keep_attention)
     batch = {"identity_batch": cfg.identity_batch, "motion_batch": cfg.motion_batch}
-    if halves := {field: n // 2 for field, n in batch.items() if n > 1}:
+    if halves := {field: n // 2 for field, n in batch.items() if n % 2 == 0}:
         changes.append(halves | {"accumulate": 2 * cfg.accumulate})
     changes += [{"cache": "FOLDER"}] * (not cfg.cache) + [{"rank": cfg.rank // 2}] * (cfg.rank > 1)
-    changes += [{"shard": True}] * (not cfg.shard)
+    changes += [{"shard": True}] * (not cfg.shard and cfg.base_storage == "device")
     changes += [
         {"base_storage": way} for way in ("fp8", "cpu") if cfg.base_storage == "device" and not cfg.shard
     ]
@@ -123,7 +123,7 @@ def levers(cfg: Settings, world: int) -> list[tuple[str, Settings, int]]:
         if "shard" in change:
             name = f"--shard, {processes} processes"
         if "accumulate" in change and len(halves) == 1:  # a single clip cannot be halved
-            name += ", twice the clips" if cfg.motion_batch == 1 else ", twice the pairs"
+            name += ", twice the pairs" if "motion_batch" in halves else ", twice the clips"
         found.append((name, dataclasses.replace(cfg, **change), processes))
     return found
 
