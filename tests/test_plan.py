@@ -296,3 +296,15 @@ def test_plan_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tiny, tmp
         assert next(line for line in said.splitlines() if lever in line).endswith("GB, time not known")
     for lever in ("--cache FOLDER", "--rank 2", "--shard, 8 processes"):
         assert float(peak[lever]) < float(peak["as asked"]), lever
+
+
+def test_a_plan_offers_what_train_takes_and_halves_what_is_even():
+    def offered(**settings) -> list[str]:
+        return [name for name, *_ in plan.levers(Settings(9, 64, 96, "cpu", **settings), 1)]
+
+    assert "--identity-batch 2 --motion-batch 1 --accumulate 2" in offered(identity_batch=4, motion_batch=2)
+    assert not any("batch" in name for name in offered(identity_batch=3, motion_batch=1))
+    assert any(name.endswith("twice the clips") for name in offered(identity_batch=4, motion_batch=3))
+    assert any("--shard" in name for name in offered()) and not any(
+        "--shard" in name for name in offered(base_storage="fp8")
+    )
