@@ -188,7 +188,8 @@ def main() -> None:
     layout = weights.open_backbone(cfg.backbone)
     cfg = with_defaults(cfg, layout)
     weights.check_weights(layout)
-    for ref in (pictures := dict.fromkeys(shot.ref for shot in shots if shot.ref)):
+    pictures = list(dict.fromkeys(shot.ref for shot in shots if shot.ref))
+    for ref in pictures:
         _, height, width = read_image(ref).shape
         if cfg.ref_fit == "crop" and (said := say_crop(height, width, cfg.height, cfg.width)):
             print(f"{ref}: {said}; --ref-fit pad shows all of it")

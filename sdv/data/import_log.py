@@ -73,7 +73,8 @@ def walk(
             batch = [candidates[index] for index in chosen]
             bar.total += len(batch)
             states = {one.origin: one.state for one in batch}
-            known = {origin: one for origin, one in log.known.items() if one.state == states.get(origin)}
+            known = {name: log.known[name] for name in states if name in log.known}
+            known = {name: was for name, was in known.items() if was.state == states[name]}
             new = _perform([one for one in batch if one.origin not in known], work, workers)
             for one in batch:
                 outcome = known.get(one.origin) or next(new)._replace(state=states[one.origin])
