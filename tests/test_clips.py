@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -248,6 +249,19 @@ def test_concealed_damage_is_refused(tmp_path):
         media.inspect_clip(path)
     with pytest.raises(ValueError, match=r"a\.mp4: .* cannot be decoded"):
         media.read_clip(path, 5, 8, 16, 16)
+
+
+def test_a_file_is_decoded_on_four_threads_at_most_and_on_one_in_a_pool(monkeypatch):
+    """Each holds frames of its own: 32 files on 32 threads each would fill a machine."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
+
+    def threads() -> int:
+        with media._opened(MEDIA / "clips" / "cup.mp4") as (_, stream):
+            return stream.codec_context.thread_count
+
+    assert threads() == 4
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(threads).result() == 1
 
 
 def test_what_is_interlaced_is_said_to_be(tmp_path):
