@@ -36,7 +36,7 @@ from sdv.data.loader import ENDING, batches
 from sdv.data.media import fit, read_image, write_video
 from sdv.data.rows import Clips, Pairs, Rows, say_left_out
 from sdv.data.sizes import with_model_defaults
-from sdv.lora import acts_on, adapt, lora_modules, lora_parameters
+from sdv.lora import acts_on, adapt, lora_modules, lora_parameters, strengths
 from sdv.models.positions import place_reference
 from sdv.objectives import TASKS, Draws, Losses, Pair, denoising_loss
 from sdv.run import card, held_out, log, parallel, plan, provenance, report, saves, settings
@@ -374,9 +374,7 @@ def attach(dit: nn.Module, file: str | Path, cfg: Config) -> str:
 
 def refuse_other_lora(dit: nn.Module, cfg: Config) -> None:
     """ValueError for a setting of a new LoRA that the one of --adapter has otherwise."""
-    modules = lora_modules(dit).values()
-    has = {name: {getattr(module, name) for module in modules} for name in ("rank", "alpha")}
-    has["lora_tokens"] = {acts_on(dit)}
+    has = strengths(dit) | {"lora_tokens": {acts_on(dit)}}
     for name, values in has.items():
         if getattr(cfg, name) not in values | {getattr(Config, name)}:  # a default was not asked for
             asked, there = getattr(cfg, name), ", ".join(map(str, sorted(values)))

@@ -2,7 +2,6 @@
 
 import datetime
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import statistics
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.models import two_blocks
-from sdv.run.provenance import commit
+from sdv.run.provenance import commit, version
 
 T = TypeVar("T")
 LIBRARIES = ("torch", "triton", "diffusers", "peft")
@@ -92,7 +91,7 @@ def stamp(device: str) -> dict:
         "date": str(datetime.date.today()),
         "commit": commit() or "unknown",
         "machine": torch.cuda.get_device_name() if device == "cuda" else "dry run",
-        "versions": {name: importlib.metadata.version(name) for name in there} | {"torch": torch.__version__},
+        "versions": {name: version(name) for name in there},
     }
 
 

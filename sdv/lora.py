@@ -126,6 +126,12 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]
     return lora_modules(model)
 
 
+def strengths(model: nn.Module) -> dict[str, set[float]]:
+    """{"rank": ..., "alpha": ...}: the values that its LoRA modules have."""
+    modules = lora_modules(model).values()
+    return {name: {getattr(module, name) for module in modules} for name in ("rank", "alpha")}
+
+
 def round_lora(model: nn.Module) -> None:
     """Keep A and B in the dtype of their layer, to which each call casts them anyway: half the memory.
 

@@ -577,7 +577,7 @@ def test_a_half_precision_transformer_stays_one_when_merged(folders, tmp_path, m
     weights.save_adapter(dit, file)
     with pytest.raises(SystemExit, match=r"a\.safetensors: blocks.* not finite in torch\.float16"):
         command(monkeypatch, "merge", file, tmp_path / "more", "--backbone", base)
-    assert not any(path.is_file() for path in (tmp_path / "more").rglob("*"))
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_merged_wan_has_the_reference_where_its_adapter_had_it(folders, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdv.data.files import make_folder, require_empty, write_text
+from sdv.data.files import require_empty, write_text
 from sdv.data.sizes import require_least
 from sdv.lora import merge as merge_lora
 from sdv.lora import require_mergeable
@@ -157,7 +157,6 @@ def merge(source: Path, target: Path, alpha: float | None, backbone: str) -> Non
         dit = part.build()
         load_adapter(dit, source, alpha)
     require_mergeable(dit, str(source))
-    make_folder(folder)
     stored = Checkpoint(layout.path / part.source)
     dtype = torch.bfloat16 if stored.dtypes() == "BF16" else torch.float32  # in which it is added
     dit = load_backbone(backbone, dtype=dtype, parts=("dit",)).dit

@@ -24,20 +24,34 @@ LARGEST_HEADER = 100_000_000  # bytes that a safetensors file may have
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+IN_THE_WAY = "a file stands in the way; name another folder"
+
+
 def make_folder(path: Path) -> None:
     """A folder to write in, with its parents. OSError, with the reason and the fix, if it cannot be one."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"{path}: a file stands in the way; name another folder") from error
+        raise FileExistsError(f"{path}: {IN_THE_WAY}") from error
     except OSError as error:
         raise unwritable(path, error) from error
-    if not os.access(path, os.W_OK):
+    _require_writable(path, path)
+
+
+def _require_writable(path: Path, there: Path) -> None:
+    if not os.access(there, os.W_OK):
         raise PermissionError(f"{path}: may not be written in; name another folder")
 
 
 def require_empty(folder: Path) -> None:
-    """ValueError if there are files in it; it may be missing, and hidden ones, of a stop, do not count."""
+    """ValueError or OSError if there are files in it, or if `make_folder` could not make it; makes nothing.
+
+    Hidden files, of a stop, do not count.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"{folder}: {IN_THE_WAY}")
+    _require_writable(folder, there)
     if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
         raise ValueError(f"{folder}: not empty; name a new folder")
 

@@ -73,8 +73,8 @@ def walk(
             batch = [candidates[index] for index in chosen]
             bar.total += len(batch)
             states = {one.origin: one.state for one in batch}
-            known = {name: log.known[name] for name in states if name in log.known}
-            known = {name: was for name, was in known.items() if was.state == states[name]}
+            recalled = ((name, log.known.get(name)) for name in states)
+            known = {name: was for name, was in recalled if was and was.state == states[name]}
             new = _perform([one for one in batch if one.origin not in known], work, workers)
             for one in batch:
                 outcome = known.get(one.origin) or next(new)._replace(state=states[one.origin])
@@ -136,11 +136,9 @@ class ImportLog:
         for torn in out.rglob(".*.tmp"):
             torn.unlink(missing_ok=True)
         self.last = {line[0]: line for line in lines[1:]}
-        self.known = {
-            origin: one
-            for origin, one in ((origin, Outcome(*line)) for origin, line in self.last.items())
-            if one.reason != UNREADABLE and all((out / name).is_file() for name in one.files)
-        }
+        outcomes = [Outcome(*line) for line in self.last.values()]
+        there = [one for one in outcomes if all((out / name).is_file() for name in one.files)]
+        self.known = {one.origin: one for one in there if one.reason != UNREADABLE}
 
     def _whole_lines(self) -> list:
         lines, end = [], 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sdv.lora import lora_modules
+from sdv.lora import strengths
 from sdv.objectives import TASKS
 from sdv.run.parallel import ranks
 
@@ -47,9 +47,8 @@ def model_card(
     """
     base, world = base_name(cfg.backbone), ranks()[1]
     pairs, clips = rows.get("identity", 0), rows.get("motion", 0)
-    modules = lora_modules(dit).values()
-    shape = {name: sorted({getattr(module, name) for module in modules}) for name in ("rank", "alpha")}
-    lora = ", ".join(f"{name} {'/'.join(f'{n:g}' for n in found)}" for name, found in shape.items())
+    has = strengths(dit).items()
+    lora = ", ".join(f"{name} {'/'.join(f'{n:g}' for n in sorted(values))}" for name, values in has)
     if cfg.adapter:
         lora += f", begun from {Path(cfg.adapter).name}"
     batches = [getattr(cfg, f"{task}_batch") * cfg.accumulate * world for task in TASKS]

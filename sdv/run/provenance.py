@@ -24,7 +24,7 @@ def provenance(cfg: object) -> dict:
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": sys.argv,
         "commit": commit(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "device": f"{device}, {platform.machine()} {platform.system()}",
         "processes": ranks()[1],
         "settings": dataclasses.asdict(cfg),
@@ -42,7 +42,8 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of a package; None if it is not installed."""
     if name == "torch":
         return torch.__version__  # with its build: PyPI's metadata says 2.13.0 of what is 2.13.0+cu130
     try:
